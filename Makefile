@@ -1,0 +1,48 @@
+# make setup | demo | test | test-slow | test-all | lint | clean
+# Another interpreter: make setup PYTHON=python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/setup.stamp
+IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+
+.PHONY: setup demo test test-slow test-all lint clean
+
+setup: $(STAMP)
+
+$(BIN)/pip:
+	@"$(PYTHON)" -c "$(IS_NEW_ENOUGH)" 2>/dev/null || { \
+	  echo "focus_jax needs Python 3.11 or newer; $(PYTHON) gives: $$("$(PYTHON)" -V 2>&1)"; \
+	  echo "Name another interpreter: make setup PYTHON=python3.12"; exit 1; } >&2
+	"$(PYTHON)" -m venv .venv
+
+# The stamp is written last: an interrupted setup starts again, a finished one costs nothing.
+$(STAMP): requirements.txt requirements-test.txt pyproject.toml | $(BIN)/pip
+	@$(BIN)/python -c "$(IS_NEW_ENOUGH)" || { \
+	  echo ".venv holds $$($(BIN)/python -V), focus_jax needs 3.11 or newer."; \
+	  echo "Remove .venv and run make setup again."; exit 1; } >&2
+	@echo "Installing into .venv; the first time this takes some minutes."
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-test.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m focus_jax demo --workdir runs/demo
+
+test: setup
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -n 2 -m slow
+
+test-all: setup
+	$(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Leaves .venv and runs/, which are dear to make again.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -not -path "./.venv/*" -prune -exec rm -rf {} +

@@ -1,0 +1,3 @@
+"""focus_jax: FocusLLaVA in JAX/Flax, and visual-token compression as a value."""
+
+__version__ = "0.1.0"

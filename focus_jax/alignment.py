@@ -1,0 +1,70 @@
+"""The projector fitted in closed form: what each patch shows, as the decoder's words for it.
+
+Stands for the pre-training that aligns a vision tower with a language model. Gradient descent
+needs thousands of steps here, because tower features share one large common component; ridge
+regression on the projector's last layer needs none.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from focus_jax.models.vlm import VLM
+
+
+class Moments(NamedTuple):
+    """Sums over cells: inputs times inputs, inputs times targets, targets squared, weights."""
+
+    xx: Float[Array, "F F"]
+    xy: Float[Array, "F D"]
+    yy: Float[Array, ""]
+    y: Float[Array, " D"]
+    count: Float[Array, ""]
+
+
+def hidden_features(vlm: VLM, pixels: Array) -> Float[Array, "B N F"]:
+    """What the projector's last layer sees, and a constant."""
+    features = vlm.vision(pixels[:, 0])["features"]
+    if vlm.projector.linear_2 is not None:
+        features = jax.nn.gelu(vlm.projector.linear_1(features), approximate=False)
+    return jnp.pad(features, [(0, 0), (0, 0), (0, 1)], constant_values=1.0)
+
+
+def moments(vlm: VLM, batch: Mapping[str, Array]) -> Moments:
+    """One batch's sums; filled and empty cells weigh the same in total."""
+    x = hidden_features(vlm, batch["pixels"])
+    y = vlm.decoder.embed(batch["cell_words"]).sum(-2)
+    filled = batch["cell_filled"]
+    weight = jnp.where(filled, 0.5 / jnp.maximum(filled.sum(), 1), 0.5 / (~filled).sum())
+    flat = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
+    x, y, weight = flat(x), flat(y), flat(weight)[:, None]
+    return Moments(
+        x.T @ (weight * x), x.T @ (weight * y), (weight * y * y).sum(), (weight * y).sum(0),
+        jnp.ones(()),
+    )  # fmt: skip
+
+
+def fit_projector(
+    vlm: VLM, batches: Iterable[Mapping[str, Any]], steps: int, ridge: float = 1e-5
+) -> tuple[dict[str, Array], float]:
+    """(leaves of the projector's last layer, share of the targets' variance left unexplained)."""
+    step = jax.jit(moments)
+    total: Any = None
+    for _, batch in zip(range(steps), batches, strict=False):
+        part = step(vlm, {k: batch[k] for k in ("pixels", "cell_words", "cell_filled")})
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+    xx, xy, yy, y, count = (np.asarray(a, np.float64) / float(total.count) for a in total)
+    del count
+    weights = np.linalg.solve(xx + ridge * np.trace(xx) / len(xx) * np.eye(len(xx)), xy)
+    left = yy - 2 * (weights * xy).sum() + (weights * (xx @ weights)).sum()
+    name = "linear_1" if vlm.projector.linear_2 is None else "linear_2"
+    dtype = vlm.projector.linear_1.kernel[...].dtype
+    leaves = {
+        f"projector.{name}.kernel": jnp.asarray(weights[:-1], dtype),
+        f"projector.{name}.bias": jnp.asarray(weights[-1], dtype),
+    }
+    return leaves, float(left / (yy - (y**2).sum()))

@@ -1,0 +1,81 @@
+"""`eval.py`: a trained run's score with any method, as a Markdown table, JSON and answers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from focus_jax.cli.arguments import Meter, Parser, argv_or, not_negative, positive
+from focus_jax.cli.common import friendly
+from focus_jax.data.glyph_config import SPLITS
+from focus_jax.evaluate.runner import Result, evaluate
+from focus_jax.evaluate.study import write_json
+from focus_jax.report import markdown_table
+
+
+@friendly
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate a run. Exit 0 when all questions were answered."""
+    flags = parser().parse_args(argv_or(argv))
+    result = evaluate(
+        flags.checkpoint, flags.method, flags.split, flags.data_seed, flags.limit, flags.batch,
+        flags.answers, flags.init_samplers, Meter("evaluate"),
+    )  # fmt: skip
+    if flags.json:
+        write_json(flags.json, result.to_json())
+    print(table(result), end="")
+    return 0
+
+
+def parser() -> Parser:
+    """The flags of `eval.py`."""
+    out = Parser("eval.py", description="Score a trained run with any compression method.")
+    out.add_argument("--checkpoint", required=True, metavar="WORKDIR", help="a run of train.py")
+    out.add_argument("--method", metavar="M", help="e.g. random:keep=0.25; default: the run's own")
+    out.add_argument("--split", choices=SPLITS, help="default: the run's eval.split")
+    out.add_argument("--data-seed", type=not_negative, metavar="N", help="images made anew")
+    out.add_argument("--limit", type=not_negative, default=0, metavar="N", help="images, 0: all")
+    out.add_argument("--batch", type=positive, default=0, metavar="N", help="questions at a time")
+    out.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    out.add_argument("--answers", type=Path, metavar="FILE", help="write every answer, JSON lines")
+    out.add_argument(
+        "--init-samplers", choices=("random",), default="",
+        help="fresh weights where a learned method has none in the checkpoint",
+    )  # fmt: skip
+    return out
+
+
+def table(result: Result) -> str:
+    """Accuracy in all and by kind with intervals, then what an answer costs."""
+    everything = {"accuracy": result.accuracy, "low": result.low, "high": result.high}
+    scores = {"all": {**everything, "n": result.n}} | result.by_kind
+    rows = [
+        {"kind": kind, **score, "interval": f"{score['low']:.1%} to {score['high']:.1%}"}
+        for kind, score in scores.items()
+    ]
+    head = f"{result.method} on {result.split}, {result.checkpoint} at step {result.step}\n\n"
+    accuracy = markdown_table(
+        rows,
+        [
+            ("kind", "questions", ""),
+            ("accuracy", "accuracy", ".1%"),
+            ("interval", "95 % interval", ""),
+            ("n", "n", ".0f"),
+        ],
+    )
+    return head + accuracy + "\n" + costs(result)
+
+
+def costs(result: Result) -> str:
+    """Slots, operations and time of one answer."""
+    share = f"{result.share_of_full:.1%}"
+    row = {**result.to_json(), "slots": f"{result.visual_slots_mean:.1f} ({share} of full)"}
+    return markdown_table(
+        [row],
+        [
+            ("visual_slots_entering", "visual slots entering", "d"),
+            ("slots", "mean over layers", ""),
+            ("flops", "GFLOPs a question", lambda n: f"{n / 1e9:.3f}"),
+            ("seconds_per_sample", "seconds a question", ".5f"),
+            ("unreadable", "unreadable", "d"),
+            ("device", "device", ""),
+        ],
+    )

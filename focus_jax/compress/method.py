@@ -1,0 +1,335 @@
+"""A compression method as a value: a vision stage, and cuts inside the decoder."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+from zlib import crc32
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from focus_jax.compress.select import Selection, take, take_values
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The sizes a method needs of the model it is applied to.
+
+    `rows`, `cols`: patches of one tile. `tiles` counts the thumbnail. `tile_rows`: the most rows
+    of tiles that a stitched image of this bucket can have. `layers`: of the decoder.
+    """
+
+    rows: int
+    cols: int
+    tiles: int
+    tile_rows: int
+    vision_width: int
+    width: int
+    layers: int
+    newline: bool
+
+    @property
+    def patches(self) -> int:
+        return self.rows * self.cols
+
+    def newlines(self, band: int) -> int:
+        """Newline slots when a row of the stitched grid is `band` patches high."""
+        return self.tile_rows * (self.rows // band) if self.newline and self.tiles > 1 else 0
+
+
+class Context(NamedTuple):
+    """What a run gives to samplers: a key for what is random, training progress in [0, 1]."""
+
+    key: Array
+    train: bool = False
+    progress: float | Float[Array, ""] = 1.0
+
+
+class Views(NamedTuple):
+    """The tower's tokens of B images of M tiles, before the projector.
+
+    `origin` is the (row, col) of a tile's first patch in the stitched grid; tile 0 is the
+    thumbnail where M > 1. `named` holds the arrays that the stage asked for, each [B M ...].
+    """
+
+    features: Float[Array, "B M N C"]
+    patch_valid: Bool[Array, "B M N"]
+    origin: Int[Array, "B M 2"]
+    named: dict[str, Array]
+
+
+class TileTokens(NamedTuple):
+    """Tokens of one group of tiles, still apart: K slots a tile, in raster order of the tile.
+
+    `centre` (row, col) and `side` are in patches of the tile.
+    """
+
+    features: Float[Array, "B M K C"]
+    valid: Bool[Array, "B M K"]
+    centre: Float[Array, "B M K 2"]
+    side: Float[Array, "B M K"]
+
+
+class VisualTokens(NamedTuple):
+    """The visual stream of B images: V slots, valid ones first, in reading order.
+
+    `centre` is in patches of the stitched grid (of the thumbnail for view 0 where M > 1), `side`
+    is how many patches wide a token is, `newline` marks slots that hold `image_newline`.
+    """
+
+    features: Float[Array, "B V C"]
+    valid: Bool[Array, "B V"]
+    centre: Float[Array, "B V 2"]
+    side: Float[Array, "B V"]
+    view: Int[Array, "B V"]
+    newline: Bool[Array, "B V"]
+
+
+class Aux(NamedTuple):
+    """What a stage reports: losses (weighted, summed into training), metrics, maps (pictures)."""
+
+    losses: dict[str, Float[Array, ""]]
+    metrics: dict[str, Float[Array, ""]]
+    maps: dict[str, Array]
+
+
+class LayerView(NamedTuple):
+    """The arrays of the decoder layer at whose entry a cut stands; questions share the image.
+
+    Queries and keys are rotated, after the layer's own norm. `instruction` marks the user's own
+    words, `last` the last token of the prompt. `entered` counts the valid visual tokens that
+    entered the decoder.
+    """
+
+    q: Float[Array, "B Q T H K"]
+    k: Float[Array, "B Q T G K"]
+    k_prefix: Float[Array, "B P G K"]
+    k_visual: Float[Array, "B V G K"]
+    visual: Float[Array, "B V D"]
+    token_valid: Bool[Array, "B Q T"]
+    prefix_valid: Bool[Array, "B P"]
+    visual_valid: Bool[Array, "B V"]
+    instruction: Bool[Array, "B Q T"]
+    last: Bool[Array, "B Q T"]
+    entered: Int[Array, " B"]
+
+
+@dataclass(frozen=True)
+class VisionStage:
+    """What happens to the tower's tokens before the projector. Text is never seen here.
+
+    `grid`: run the tower on an image resized to this many patches a side (0: as it comes).
+    """
+
+    learned: ClassVar[bool] = False
+    grid: ClassVar[int] = 0
+
+    def requests(self) -> tuple[str, ...]:
+        """Names that the tower must hand out (`name@layer`)."""
+        return ()
+
+    def check(self, dims: Dims) -> None:
+        """ValueError where the stage cannot stand on these sizes."""
+
+    def tile_slots(self, dims: Dims) -> tuple[int, ...]:
+        """Slots of each tile."""
+        raise NotImplementedError
+
+    def band(self, dims: Dims) -> int:
+        """Height in patches of a row of the stitched grid that one newline closes."""
+        return 1
+
+    def init(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module | None:
+        """The learned part, or None."""
+        return None
+
+    def flops(self, dims: Dims) -> float:
+        """Floating-point operations for one image, the projector not counted."""
+        return 0.0
+
+    def apply(
+        self, views: Views, dims: Dims, module: Any, project: Any, ctx: Context
+    ) -> tuple[list[TileTokens], Aux]:
+        """Tokens of the tiles in groups (thumbnail apart where it is treated apart)."""
+        raise NotImplementedError
+
+    def slots(self, dims: Dims) -> int:
+        """V: slots that enter the decoder, newlines included."""
+        return sum(self.tile_slots(dims)) + dims.newlines(self.band(dims))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A selection of visual tokens at the entry of decoder layer `layer`.
+
+    `shared`: one selection for all questions of an image (text is not looked at, or pooled).
+    `renumber`: positions become contiguous after the cut; otherwise the kept ones keep theirs.
+    """
+
+    layer: int = 0
+    shared: ClassVar[bool] = True
+    reads_attention: ClassVar[bool] = False
+    renumber: bool = False
+
+    def check(self, dims: Dims, entering: int) -> None:
+        """ValueError where the cut cannot stand on these sizes."""
+        if not 0 <= self.layer < dims.layers:
+            raise ValueError(
+                f"{type(self).__name__}: layer {self.layer} is outside the decoder's "
+                f"{dims.layers} layers: use 0..{dims.layers - 1}"
+            )
+
+    def slots(self, entering: int, train: bool = False) -> int:
+        """Slots after the cut when `entering` slots entered the decoder."""
+        raise NotImplementedError
+
+    def select(self, layer: LayerView, slots: int, ctx: Context) -> tuple[Selection, Aux]:
+        """Indices [B Q slots] (Q = 1 when shared) of the visual slots that stay, in order."""
+        raise NotImplementedError
+
+    def flops(
+        self, dims: Dims, visual: int, text: int, width: int, kv_width: int,
+        prefix: int = 0, questions: int = 1,
+    ) -> float:  # fmt: skip
+        """Operations of the scores for one sample: `questions` of `text` tokens behind an image.
+
+        `width`: of all query heads together, `kv_width`: of all key heads.
+        """
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """A value that the one model executes. Frozen and hashable: a static argument to jit."""
+
+    name: str
+    vision: VisionStage
+    cuts: tuple[Cut, ...] = ()
+
+    def __post_init__(self) -> None:
+        layers = [cut.layer for cut in self.cuts]
+        if sorted(set(layers)) != layers:
+            raise ValueError(f"method {self.name!r}: cut layers {layers} must rise strictly")
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """Decoder layers at which a new stage begins (a cut at layer 0 begins none)."""
+        return tuple(cut.layer for cut in self.cuts if cut.layer > 0)
+
+    def cut_before(self, stage: int) -> Cut | None:
+        """The cut at the entry of decoder stage `stage`."""
+        at_entry = bool(self.cuts) and self.cuts[0].layer == 0
+        index = stage if at_entry else stage - 1
+        return self.cuts[index] if 0 <= index < len(self.cuts) else None
+
+    def check(self, dims: Dims) -> "Method":
+        """This method, or a ValueError that says why it cannot run on these sizes."""
+        self.vision.check(dims)
+        entering = self.vision.slots(dims)
+        for cut in self.cuts:
+            cut.check(dims, entering)
+        return self
+
+    def stage_slots(self, dims: Dims, train: bool = False) -> tuple[int, ...]:
+        """Visual slots of each decoder stage."""
+        entering = current = self.vision.slots(dims)
+        out = []
+        for stage in range(len(self.bounds) + 1):
+            cut = self.cut_before(stage)
+            current = current if cut is None else min(cut.slots(entering, train), current)
+            out.append(current)
+        return tuple(out)
+
+
+def empty_aux() -> Aux:
+    """Nothing to report."""
+    return Aux({}, {}, {})
+
+
+def merge_aux(*parts: Aux) -> Aux:
+    """All that several parts report; names must differ."""
+    whole = Aux({}, {}, {})
+    for part in parts:
+        for old, new in zip(whole, part, strict=True):
+            if old.keys() & new.keys():
+                raise ValueError(f"two samplers report {sorted(old.keys() & new.keys())}")
+            old.update(new)
+    return whole
+
+
+def patch_centres(rows: int, cols: int) -> np.ndarray:
+    """(row, col) of each patch of a tile, float32 [N 2]."""
+    return np.moveaxis(np.mgrid[:rows, :cols], 0, -1).reshape(-1, 2).astype(np.float32)
+
+
+def stitch(groups: list[TileTokens], views: Views, dims: Dims, band: int) -> VisualTokens:
+    """Lay the tiles' tokens out in reading order: thumbnail, then the stitched grid by bands.
+
+    Each band with a valid patch is closed by a newline slot. A group covers consecutive tiles;
+    together they cover all. Padding ends up behind.
+    """
+    flat, first = [], 0
+    for group in groups:
+        flat.append(place(group, views, dims, band, first))
+        first += group.features.shape[1]
+    parts = [jnp.concatenate(column, axis=1) for column in zip(*flat, strict=True)]
+    features, valid, centre, side, view, key = parts
+    newline = jnp.zeros(valid.shape, bool)
+    if count := dims.newlines(band):
+        extra, extra_key = newlines(views, dims, band, count)
+        pad = [(0, 0), (0, count)]
+        features = jnp.pad(features, [*pad, (0, 0)])
+        centre, side = jnp.pad(centre, [*pad, (0, 0)]), jnp.pad(side, pad)
+        view, newline = jnp.pad(view, pad), jnp.pad(newline, pad, constant_values=True)
+        valid = jnp.concatenate([valid, extra], axis=1)
+        key = jnp.concatenate([key, extra_key], axis=1)
+    order = jnp.argsort(jnp.where(valid, key, jnp.iinfo(jnp.int32).max), axis=1, stable=True)
+    return gather_tokens(
+        VisualTokens(features, valid, centre, side, view, newline), Selection(order, order >= 0)
+    )
+
+
+def place(group: TileTokens, views: Views, dims: Dims, band: int, first: int) -> tuple:
+    """One group's tokens with stitched centres and the sort key of their band."""
+    b, m, k = group.valid.shape
+    origin = views.origin[:, first : first + m]
+    view = jnp.broadcast_to(jnp.arange(first, first + m, dtype=jnp.int32)[:, None], (b, m, k))
+    centre = group.centre + origin[:, :, None].astype(jnp.float32)
+    row = jnp.floor((centre[..., 0] + 0.5) / band).astype(jnp.int32)
+    key = row * KEY_BAND + origin[:, :, None, 1]
+    key = jnp.where((view == 0) & (dims.tiles > 1), -1, key)
+    flat = lambda a: a.reshape(b, m * k, *a.shape[3:])  # noqa: E731
+    return tuple(flat(a) for a in (group.features, group.valid, centre, group.side, view, key))
+
+
+KEY_BAND = 1 << 12  # more than the columns of any stitched grid
+
+
+def newlines(views: Views, dims: Dims, band: int, count: int) -> tuple[Array, Array]:
+    """Which bands of the stitched grid hold a valid patch [B count], and their sort keys."""
+    rows = views.origin[:, 1:, 0][..., None] + jnp.asarray(
+        np.repeat(np.arange(dims.rows), dims.cols)
+    )
+    bands = jnp.where(views.patch_valid[:, 1:], rows // band, -1)
+    index = jnp.arange(count)
+    present = (bands[..., None] == index).any(axis=(1, 2))
+    return present, jnp.broadcast_to(index * KEY_BAND + KEY_BAND - 1, present.shape)
+
+
+def gather_tokens(tokens: VisualTokens, selection: Selection) -> VisualTokens:
+    """The selected tokens, in the selection's order."""
+    return VisualTokens(
+        take(tokens.features, selection),
+        take_values(tokens.valid, selection, False),
+        take(tokens.centre, selection),
+        take_values(tokens.side, selection, 0.0),
+        take_values(tokens.view, selection, 0),
+        take_values(tokens.newline, selection, False),
+    )
+
+
+def block_key(ctx: Context, name: str) -> Array:
+    """A key of its own for each named use."""
+    return jax.random.fold_in(ctx.key, crc32(name.encode()))

@@ -1,0 +1,405 @@
+"""Fixed-budget primitives that every compression method shares.
+
+Each function works on the last axis (or axes) of its arrays, leaves any leading axes `*B` alone,
+and has an output shape known before the data: a count that depends on data is a budget with a
+mask. All are safe under jit, vmap and grad; none needs a scatter of rows.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
+
+_MAX_DENOMINATOR = 65_536  # share as a fraction: count * numerator must stay below 2**32
+_ROUNDING = 1e-6  # relative slack for sums of float32 that should meet a bound exactly
+
+
+class Selection(NamedTuple):
+    """Slots `[*B, k]` filled from the front: source index (0 where empty), and which are filled."""
+
+    index: Int[Array, "*B k"]  # type: ignore[assignment]  # hides tuple.index, which no one needs
+    valid: Bool[Array, "*B k"]
+
+
+# ------------------------------------------------------------------------------- counts
+
+
+def keep_slots(count: int, share: float) -> int:
+    """Slots for `share` of `count` tokens: the ceiling, at least 1 where there is a token.
+
+    `share` is read as the nearest fraction with a denominator up to 65,536, so that 0.1 of 30 is 3
+    and 1/3 of 576 is 192. ValueError: share outside (0, 1], or a negative count.
+    """
+    if count < 0:
+        raise ValueError(f"count is {count}; a number of tokens cannot be negative")
+    numerator, denominator = _fraction(share)
+    return max(-(-count * numerator // denominator), min(count, 1))
+
+
+def keep_count(count: Int[Array, "*B"], share: float | Float[Array, "..."]) -> Int[Array, "*B"]:
+    """`keep_slots` for an array of counts (each below 65,536), inside jit.
+
+    A Python `share` gives exactly what `keep_slots` gives. An array `share` (a ratio sampled in a
+    training step, assumed in (0, 1]) is computed in float32 with a slack of a few roundings.
+    ValueError: a Python share outside (0, 1].
+    """
+    count = jnp.asarray(count)
+    if isinstance(share, jax.Array):
+        amount = count.astype(jnp.float32) * share.astype(jnp.float32)
+        kept = jnp.ceil(amount * (1 - _ROUNDING)).astype(count.dtype)
+    else:
+        numerator, denominator = (jnp.uint32(part) for part in _fraction(share))
+        product = count.astype(jnp.uint32) * numerator
+        # Not (product + denominator - 1) // denominator: that sum can pass 2**32.
+        rest = (product % denominator != 0).astype(jnp.uint32)
+        kept = (product // denominator + rest).astype(count.dtype)
+    return jnp.maximum(kept, jnp.minimum(count, 1))
+
+
+def _fraction(share: float) -> tuple[int, int]:
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}; give a share of the tokens in (0, 1]")
+    fraction = Fraction(share).limit_denominator(_MAX_DENOMINATOR)
+    return fraction.numerator, fraction.denominator
+
+
+# ---------------------------------------------------------------------------- selection
+
+
+def top_k_in_order(
+    score: Num[Array, "*B V"],
+    valid: Bool[Array, "*B V"],
+    k: int,
+    count: Int[Array, "*B"] | None = None,
+) -> Selection:
+    """The `k` (or fewer: `count`) highest valid scores, in ascending original index.
+
+    Ties go to the lowest index. A NaN or infinitely low score at a valid place ranks below every
+    other valid one. With fewer valid entries than slots, the rest is empty; k > V is allowed.
+    No gradient flows to `score`. ValueError: k < 1, or shapes that differ.
+    """
+    _check_slots("k", k)
+    _check_same_shape(score, valid)
+    ranked, index = lax.top_k(_rankable(score, valid), min(k, score.shape[-1]))
+    taken = ranked > -jnp.inf
+    if count is not None:
+        taken &= jnp.arange(index.shape[-1]) < jnp.asarray(count)[..., None]
+    return _compact(index, taken, k)
+
+
+def pack(valid: Bool[Array, "*B V"], budget: int) -> tuple[Selection, Int[Array, "*B"]]:
+    """The first `budget` valid entries in order, and how many valid entries found no room.
+
+    ValueError: budget < 1.
+    """
+    _check_slots("budget", budget)
+    index = jnp.broadcast_to(jnp.arange(valid.shape[-1], dtype=jnp.int32), valid.shape)
+    selection = _compact(index, valid, budget)
+    overflow = jnp.maximum(valid.sum(-1, dtype=jnp.int32) - budget, 0)
+    return selection, overflow
+
+
+def smallest_mass(
+    score: Num[Array, "*B V"], valid: Bool[Array, "*B V"], p: float, budget: int
+) -> tuple[Selection, Int[Array, "*B"]]:
+    """The smallest set of highest scores that holds a share `p` of the valid mass, in order.
+
+    Scores are masses: negative or NaN counts as 0. Ties go to the lowest index. At least one entry
+    is kept where any is valid, also when the mass is 0. At most `budget` are kept; the second
+    result is how many the set would have needed beyond it. ValueError: p not in (0, 1], budget < 1.
+    """
+    _check_slots("budget", budget)
+    _check_same_shape(score, valid)
+    if not 0 < p <= 1:
+        raise ValueError(f"p is {p}; give a share of the mass in (0, 1]")
+    mass = jnp.where(valid & (score > 0), score, 0).astype(jnp.float32)
+    falling = -jnp.sort(-mass, axis=-1)
+    before = jnp.cumsum(falling, axis=-1) - falling
+    # The slack lets three of ten equal scores meet p = 0.3 whatever way their sum was rounded.
+    needed = before < p * (1 - _ROUNDING) * falling.sum(-1, keepdims=True)
+    count = (needed & (falling > 0)).sum(-1, dtype=jnp.int32)
+    count = jnp.maximum(count, valid.any(-1).astype(jnp.int32))
+    return top_k_in_order(mass, valid, budget, count), jnp.maximum(count - budget, 0)
+
+
+def uniform_2d(rows: int, cols: int, k: int) -> np.ndarray:
+    """Row-major indices of `k` cells spread evenly over a grid: int32 [k], ascending, distinct.
+
+    About sqrt(k * rows / cols) evenly spaced rows share the cells as equally as k allows, each row
+    with evenly spaced columns; 144 of 24 x 24 is a stride of 2. ValueError: k below 1 or above
+    rows * cols.
+    """
+    if not 1 <= k <= rows * cols:
+        raise ValueError(f"k is {k}; a grid of {rows} x {cols} gives 1 to {rows * cols} cells")
+    least, most = -(-k // cols), min(rows, k)
+    lines = min(max(round((k * rows / cols) ** 0.5), least), most)
+    cells: list[int] = []
+    for line in range(lines):
+        here = (line + 1) * k // lines - line * k // lines
+        row = (2 * line + 1) * rows // (2 * lines)
+        cells.extend(row * cols + (2 * j + 1) * cols // (2 * here) for j in range(here))
+    return np.asarray(cells, np.int32)
+
+
+def _rankable(score: Num[Array, "*B V"], valid: Bool[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """Finite floats where valid and -inf elsewhere, so that every valid entry ranks first."""
+    dtype = jnp.promote_types(score.dtype, jnp.float32)
+    score = lax.stop_gradient(score).astype(dtype)
+    low, high = jnp.finfo(dtype).min, jnp.finfo(dtype).max
+    score = jnp.where(jnp.isnan(score), low, jnp.clip(score, low, high))
+    score = jnp.where(score == 0, 0, score)  # top_k sees -0.0 below 0.0; here they tie
+    return jnp.where(valid, score, -jnp.inf)
+
+
+def _compact(index: Int[Array, "*B M"], taken: Bool[Array, "*B M"], k: int) -> Selection:
+    """Taken indices in ascending order at the front of `k` slots."""
+    absent = jnp.iinfo(jnp.int32).max
+    ordered = jnp.sort(jnp.where(taken, index.astype(jnp.int32), absent), axis=-1)[..., :k]
+    slots = [(0, 0)] * (ordered.ndim - 1) + [(0, k - ordered.shape[-1])]
+    ordered = jnp.pad(ordered, slots, constant_values=absent)
+    valid = ordered < absent
+    return Selection(jnp.where(valid, ordered, 0), valid)
+
+
+# --------------------------------------------------------------------------- moving rows
+
+
+def take(x: Shaped[Array, "*B V D"], selection: Selection) -> Shaped[Array, "*B k D"]:
+    """Rows of `x` at the selected indices, zero at empty slots.
+
+    Each source row may stand in at most one filled slot (in any order): the gradient is then a
+    gather as well, where a scatter-add of rows would be slow on TPU and CPU. Reverse mode only.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return _gather_rows(x, selection.index, selection.valid)
+    return _take(x.shape[-2], x, selection.index, selection.valid)
+
+
+def take_values(
+    values: Shaped[Array, "*B V"], selection: Selection, fill: float | int | bool
+) -> Shaped[Array, "*B k"]:
+    """Entries of `values` (positions, flags, ...) at the selected indices, `fill` at empty slots.
+
+    The gradient of a float `values` is the plain one: use `take` for wide rows.
+    """
+    gathered = jnp.take_along_axis(values, selection.index, axis=-1, mode="clip")
+    return jnp.where(selection.valid, gathered, jnp.asarray(fill, values.dtype))
+
+
+@jax.custom_vjp
+def permute(x: Shaped[Array, "*B S D"], order: Int[Array, "*B S"]) -> Shaped[Array, "*B S D"]:
+    """Rows of `x` in the given order; the gradient is a gather by the inverse permutation.
+
+    `order` must hold each of 0 .. S-1 once (not checked). Reverse mode only.
+    """
+    return jnp.take_along_axis(x, order[..., None], axis=-2, mode="clip")
+
+
+def _permute_forward(x, order):
+    return permute(x, order), order
+
+
+def _permute_backward(order, gradient):
+    return permute(gradient, jnp.argsort(order, axis=-1)), None
+
+
+permute.defvjp(_permute_forward, _permute_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _take(length, x, index, valid):
+    return _gather_rows(x, index, valid)
+
+
+def _take_forward(length, x, index, valid):
+    return _gather_rows(x, index, valid), (index, valid)
+
+
+def _take_backward(length, residual, gradient):
+    index, valid = residual
+    slot = _slot_of_row(index, valid, length)
+    slots = index.shape[-1]
+    return _gather_rows(gradient, jnp.minimum(slot, slots - 1), slot < slots), None, None
+
+
+_take.defvjp(_take_forward, _take_backward)
+
+
+def _gather_rows(x, index, valid):
+    rows = jnp.take_along_axis(x, index[..., None], axis=-2, mode="clip")
+    return jnp.where(valid[..., None], rows, jnp.zeros((), x.dtype))
+
+
+def _slot_of_row(index, valid, length):
+    """The slot `[*B, length]` that each source row went to, or the number of slots for none."""
+
+    def one(index, valid):
+        slots = index.shape[0]
+        target = jnp.where(valid, index, length)  # out of range: dropped
+        nowhere = jnp.full(length, slots, jnp.int32)
+        return nowhere.at[target].set(jnp.arange(slots, dtype=jnp.int32), mode="drop")
+
+    for _ in range(index.ndim - 1):
+        one = jax.vmap(one)
+    return one(index, valid)
+
+
+def merge_by_assignment(
+    x: Float[Array, "*B V D"],
+    assign: Int[Array, "*B V"],
+    weight: Float[Array, "*B V"],
+    k: int,
+    mean: bool = False,
+) -> Float[Array, "*B k D"]:
+    """Weighted sum of the rows assigned to each of `k` slots; with `mean`, divided by the weights.
+
+    `assign` is a slot in [0, k); anything else sends the row nowhere, whatever it holds. A slot
+    without weight is 0. Accumulates in float32, by a one-hot product. ValueError: k < 1.
+    """
+    _check_slots("k", k)
+    placed = (assign >= 0) & (assign < k)
+    share = jax.nn.one_hot(assign, k, dtype=jnp.float32)
+    share *= jnp.where(placed, weight, 0).astype(jnp.float32)[..., None]
+    rows = jnp.where(placed[..., None], x, 0).astype(jnp.float32)
+    merged = jnp.einsum("...vk,...vd->...kd", share, rows, precision=lax.Precision.HIGHEST)
+    if mean:
+        mass = share.sum(-2)[..., None]
+        merged = jnp.where(mass == 0, 0, merged / jnp.where(mass == 0, 1, mass))
+    return merged.astype(x.dtype)
+
+
+# ------------------------------------------------------------------- scales within budget
+
+
+def demote_to_budget(
+    choice: Int[Array, "*B R"], margin: Float[Array, "*B R"], cost: tuple[int, ...], budget: int
+) -> tuple[Int[Array, "*B R"], Int[Array, "*B"]]:
+    """Scales made coarser until they fit the budget, and the number of single-scale steps taken.
+
+    Scale 0 is the coarsest; `cost[s]` tokens, ascending; choice -1 is a region that costs nothing.
+    Regions are ranked once by margin (smallest first, ties lowest index, NaN last). In a round each
+    region above the coarsest scale goes down by one scale in that order, until the sum fits; when
+    a whole round was not enough, the next begins from the smallest margin again.
+    ValueError: costs not ascending, or a budget below R * cost[0].
+    """
+    _check_costs(cost, budget, choice.shape[-1])
+    order = jnp.argsort(margin, axis=-1, stable=True)
+    ranked = jnp.take_along_axis(choice, order, axis=-1)
+    steps = jnp.zeros(choice.shape[:-1], jnp.int32)
+    for _ in range(len(cost) - 1):
+        price = _look_up(cost, ranked)
+        excess = price.sum(-1, keepdims=True) - budget
+        saving = jnp.where(ranked > 0, price - _look_up(cost, ranked - 1), 0)
+        saved_before = jnp.cumsum(saving, axis=-1) - saving
+        down = (ranked > 0) & (saved_before < excess)
+        ranked = ranked - down.astype(ranked.dtype)
+        steps += down.sum(-1, dtype=jnp.int32)
+    return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1), steps
+
+
+def allocate(
+    loss: Float[Array, "*B R S"],
+    cost: tuple[int, ...],
+    budget: int,
+    available: Bool[Array, "*B R"],
+    min_gain: float = 0.0,
+) -> Int[Array, "*B R"]:
+    """A scale for each region, by marginal loss saved per token; -1 where not available.
+
+    `loss[..., s]` is what a region loses at scale s, 0 the coarsest; `cost[s]` its tokens,
+    ascending. Available regions start at scale 0. A step up is worth the loss it saves per extra
+    token, but never more than the step before it in its region (so a step cannot overtake the one
+    that it stands on). Steps worth more than `min_gain` are taken from the most valuable down
+    (ties: lowest region) while the budget lasts; after one that does not fit, only steps cheaper
+    than it (as must be those that they stand on) may still fill the room. NaN is worth nothing.
+    ValueError: costs not ascending, loss without one entry per cost, a budget below R * cost[0].
+    """
+    regions, scales = loss.shape[-2:]
+    _check_costs(cost, budget, regions)
+    if scales != len(cost):
+        raise ValueError(f"loss has {scales} scales and cost {len(cost)}; give one cost per scale")
+    if scales == 1:
+        return jnp.where(available, 0, -1)
+    step = np.diff(np.asarray(cost))
+    worth = (loss[..., :-1] - loss[..., 1:]).astype(jnp.float32) / step.astype(np.float32)
+    worth = jnp.where(jnp.isnan(worth), -jnp.inf, worth)
+    worth = lax.cummin(worth, axis=worth.ndim - 1)
+    wanted = (worth > min_gain) & available[..., None]
+    flat = (*loss.shape[:-2], regions * (scales - 1))
+    order = jnp.argsort(-worth.reshape(flat), axis=-1, stable=True)
+    room = budget - cost[0] * available.sum(-1, keepdims=True, dtype=jnp.int32)
+    wanted = jnp.take_along_axis(wanted.reshape(flat), order, axis=-1)
+    taken = _fill_room(wanted, order % (scales - 1), step, room)
+    taken = jnp.take_along_axis(taken, jnp.argsort(order, axis=-1), axis=-1)
+    choice = taken.reshape(*flat[:-1], regions, scales - 1).sum(-1, dtype=jnp.int32)
+    return jnp.where(available, choice, -1)
+
+
+def _fill_room(
+    wanted: Bool[Array, "*B U"],
+    level: Int[Array, "*B U"],
+    step: np.ndarray,
+    room: Int[Array, "*B 1"],
+) -> Bool[Array, "*B U"]:
+    """Which of the steps, in their order, are taken within the room: one pass per step price.
+
+    Each pass takes a prefix of what is still allowed and stops at the first that does not fit;
+    from there on only steps cheaper than that one are allowed.
+    """
+    price = _look_up(step.tolist(), level)
+    # A step is barred with the dearest step below it in its region: it would stand on nothing.
+    dearest = _look_up(np.maximum.accumulate(step).tolist(), level)
+    place = jnp.arange(level.shape[-1], dtype=jnp.int32)
+    taken = jnp.zeros_like(wanted)
+    limit = jnp.full_like(room, jnp.iinfo(jnp.int32).max)
+    start = jnp.zeros_like(room)
+    for _ in range(len(set(step.tolist()))):
+        allowed = wanted & (dearest < limit) & (place >= start)
+        spent = jnp.cumsum(jnp.where(allowed, price, 0), axis=-1)
+        taken |= allowed & (spent <= room)
+        blocked = allowed & (spent > room)
+        room = room - jnp.where(allowed & ~blocked, price, 0).sum(-1, keepdims=True)
+        stop = jnp.argmax(blocked, axis=-1, keepdims=True)
+        cheaper = jnp.take_along_axis(price, stop, axis=-1)
+        # With nothing blocked all is decided: a limit of 0 ends the search.
+        limit = jnp.where(blocked.any(-1, keepdims=True), cheaper, 0)
+        start = stop
+    return taken
+
+
+def _look_up(table: Sequence[int], key: Int[Array, "*B"]) -> Int[Array, "*B"]:
+    """`table[key]`, 0 for a key outside it; selects, because a gather from a constant has no
+    sharding that fits a batch spread over devices."""
+    return sum(
+        (jnp.where(key == i, value, 0) for i, value in enumerate(table)), jnp.zeros_like(key)
+    )
+
+
+# -------------------------------------------------------------------------------- checks
+
+
+def _check_slots(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} is {value}; a selection needs at least 1 slot")
+
+
+def _check_same_shape(score, valid) -> None:
+    if score.shape != valid.shape:
+        raise ValueError(f"score {score.shape} and valid {valid.shape} must have one shape")
+
+
+def _check_costs(cost: tuple[int, ...], budget: int, regions: int) -> None:
+    if not cost or cost[0] < 0 or any(b <= a for a, b in pairwise(cost)):
+        raise ValueError(f"cost is {cost}; give tokens per scale, coarsest first, ascending")
+    if budget < regions * cost[0]:
+        raise ValueError(
+            f"budget is {budget}, but {regions} regions need {regions * cost[0]} tokens at the "
+            f"coarsest scale; raise the budget or coarsen the scales"
+        )

@@ -1,0 +1,145 @@
+"""FocusLLaVA's text-guided sampler: the visual tokens that the instruction attends to stay."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from focus_jax.compress.method import Aux, Context, Cut, Dims, LayerView, block_key
+from focus_jax.compress.select import (
+    Selection,
+    keep_count,
+    keep_slots,
+    smallest_mass,
+    top_k_in_order,
+)
+
+
+@dataclass(frozen=True)
+class TextGuided(Cut):
+    """Keep the visual tokens with the most attention from the instruction, at one layer.
+
+    The paper states the idea; the rest is decided here. Score: attention probability from the
+    layer's own queries and keys, reduced over heads (`heads`) and over the asking rows
+    (`queries`: the prompt's last token, or the mean over the instruction). `normalise`: the
+    softmax runs over all that a row may see, or over the visual columns alone.
+    `mode` top_k keeps `keep` of the valid tokens that entered the decoder; top_p the smallest set
+    with `mass` of the score, within the same slots. `train_keep` (low, high) samples the share at
+    each training step; slots are then those of `high`, the mask those of the sample.
+    `sharing`: a selection for each question of an image, or one from the mean of their scores.
+    """
+
+    keep: float = 0.25
+    queries: Literal["last", "instruction"] = "instruction"
+    heads: Literal["mean", "max"] = "mean"
+    normalise: Literal["all", "visual"] = "all"
+    mode: Literal["top_k", "top_p"] = "top_k"
+    mass: float = 0.9
+    train_keep: tuple[float, float] | None = None
+    sharing: Literal["per_question", "pooled"] = "per_question"
+    reads_attention: ClassVar[bool] = True
+
+    @property
+    def shared(self) -> bool:  # type: ignore[override]
+        return self.sharing == "pooled"
+
+    def check(self, dims: Dims, entering: int) -> None:
+        super().check(dims, entering)
+        low, high = self.train_keep or (self.keep, self.keep)
+        if not 0 < self.keep <= 1 or not 0 < low <= high <= 1:
+            raise ValueError(
+                f"text-guided sampler: keep={self.keep}, train_keep={self.train_keep} are shares "
+                "of the visual tokens: use 0 < low <= high <= 1"
+            )
+        if not 0 < self.mass <= 1:
+            raise ValueError(f"text-guided sampler: mass={self.mass} must be in (0, 1]")
+
+    def slots(self, entering: int, train: bool = False) -> int:
+        share = self.train_keep[1] if train and self.train_keep else self.keep
+        return keep_slots(entering, share)
+
+    def select(self, layer: LayerView, slots: int, ctx: Context) -> tuple[Selection, Aux]:
+        score = jax.lax.stop_gradient(
+            attention_score(layer, self.queries, self.heads, self.normalise)
+        )
+        if self.shared:
+            score = score.mean(axis=1, keepdims=True)
+        valid = jnp.broadcast_to(layer.visual_valid[:, None], score.shape)
+        share: float | Array = self.keep
+        if ctx.train and self.train_keep:
+            low, high = self.train_keep
+            share = jax.random.uniform(block_key(ctx, "keep"), minval=low, maxval=high)
+        count = jnp.broadcast_to(keep_count(layer.entered, share)[:, None], score.shape[:2])
+        metrics = {}
+        if self.mode == "top_p":
+            within, over = smallest_mass(score, valid, self.mass, slots)
+            needed = within.valid.sum(-1, dtype=jnp.int32) + over
+            # The row's own share, not the slots, which depend on how images were bucketed.
+            metrics["text/over_budget"] = jnp.maximum(needed - count, 0).astype(jnp.float32).mean()
+            count = jnp.minimum(needed, count)
+        selection = top_k_in_order(score, valid, slots, count)
+        metrics["text/kept"] = selection.valid.sum(-1).astype(jnp.float32).mean()
+        return selection, Aux({}, metrics, {"text/score": score})
+
+    def flops(
+        self, dims: Dims, visual: int, text: int, width: int, kv_width: int,
+        prefix: int = 0, questions: int = 1,
+    ) -> float:  # fmt: skip
+        asking = 1 if self.queries == "last" else text
+        # The layer's queries of the questions and keys of all rows, then asking rows x columns.
+        keys = prefix + visual + questions * text
+        projections = 2.0 * dims.width * (questions * text * width + keys * kv_width)
+        columns = visual + (prefix + text if self.normalise == "all" else 0)
+        return projections + 2.0 * questions * asking * columns * width
+
+
+def attention_score(
+    layer: LayerView, queries: str = "instruction", heads: str = "mean", normalise: str = "all"
+) -> Float[Array, "B Q V"]:
+    """Attention probability that each visual token gets from a question's asking rows, fp32.
+
+    Only text rows x columns are computed, never the full map. All visual tokens stand before the
+    question. Rows that do not ask, and samples without any, give 0.
+    """
+    rows = layer.last if queries == "last" else layer.instruction
+    q = layer.q
+    if queries == "last":  # one row a question
+        at = jnp.argmax(rows, axis=-1)[..., None, None, None]
+        q, rows = jnp.take_along_axis(q, at, axis=2), rows.any(-1, keepdims=True)
+    b, qs, t, h, d = q.shape
+    q = q.reshape(b, qs, t, layer.k_visual.shape[2], -1, d).astype(jnp.float32) * d**-0.5
+    visual = jnp.einsum("bqtgrd,bvgd->bqtgrv", q, layer.k_visual.astype(jnp.float32))
+    seen = layer.visual_valid[:, None, None, None, None]
+    visual = jnp.where(seen, visual, -jnp.inf)
+    top = visual.max(-1, keepdims=True)
+    others = other_logits(layer, q, queries) if normalise == "all" else None
+    if others is not None:
+        top = jnp.maximum(top, others.max(-1, keepdims=True))
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    exp = jnp.exp(visual - top)
+    total = exp.sum(-1, keepdims=True)
+    if others is not None:
+        total = total + jnp.exp(others - top).sum(-1, keepdims=True)
+    weights = (exp / jnp.maximum(total, 1e-30)).reshape(b, qs, t, h, -1)
+    weights = weights.mean(3) if heads == "mean" else weights.max(3)
+    share = rows / jnp.maximum(rows.sum(-1, keepdims=True), 1)
+    return jnp.einsum("bqtv,bqt->bqv", weights, share.astype(jnp.float32))
+
+
+def other_logits(layer: LayerView, q: Array, queries: str) -> Array:
+    """Logits of the asking rows on prefix and question columns, -inf where not visible."""
+    t = layer.k.shape[2]
+    prefix = jnp.einsum("bqtgrd,bpgd->bqtgrp", q, layer.k_prefix.astype(jnp.float32))
+    prefix = jnp.where(layer.prefix_valid[:, None, None, None, None], prefix, -jnp.inf)
+    own = jnp.einsum("bqtgrd,bqjgd->bqtgrj", q, layer.k.astype(jnp.float32))
+    column = jnp.arange(t)
+    if queries == "last":
+        row = jnp.argmax(layer.last, axis=-1)[..., None]
+    else:
+        row = jnp.broadcast_to(column, layer.token_valid.shape)
+    causal = column <= row[..., None]
+    causal = causal & layer.token_valid[:, :, None]
+    own = jnp.where(causal[:, :, :, None, None], own, -jnp.inf)
+    return jnp.concatenate([prefix, own], axis=-1)

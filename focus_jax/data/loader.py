@@ -1,0 +1,178 @@
+"""Batches for training and evaluation, read ahead by threads, from a position that is restorable.
+
+A batch is a function of (seed, batch number, process), so the state of an iterator is one number
+and the same on every process.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import grain
+from transformers import PreTrainedTokenizerBase
+
+from focus_jax.data.batches import Batch, BatchMaker, Shape
+from focus_jax.data.conversation import Template
+from focus_jax.data.glyphs import KINDS, GlyphsConfig
+from focus_jax.data.loader_config import LoaderConfig
+from focus_jax.data.rows import BadImages, EvalRows, TrainRows
+from focus_jax.data.sources import Record, Source
+
+_ENDLESS = 1 << 60
+
+__all__ = ["Gold", "Loader", "LoaderConfig", "LoaderIterator", "make_loader"]
+
+
+class Gold(NamedTuple):
+    """A question with its answer, as strings."""
+
+    question: str
+    answer: str
+    kind: str
+    hops: int
+
+
+def make_loader(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    config: LoaderConfig,
+    train: bool,
+    glyphs: GlyphsConfig | None = None,
+) -> "Loader":
+    """A loader of batches with static shapes (B images, Q questions, N patches).
+
+    pixels uint8 [B, 1, S, S, 3]; patch_valid [B, 1, N]; tile_origin [B, 1, 2];
+    prefix, prefix_valid [B, P]; tokens, token_valid, label_mask, query_mask [B, Q, T], padded on
+    the right; row_valid, question, kind [B, Q]; index [B], the position in the source. With
+    `glyphs` also cell_words [B, N, 4] (ids of colour, glyph, row, column), cell_filled, glyph,
+    colour [B, N]. Rows that only fill the last batch repeat a real one: index, question and kind
+    are -1, row_valid is False.
+
+    Raises ValueError for an empty source, a batch larger than a process's share, sizes that do
+    not match `glyphs`; while iterating, when too many images are corrupt.
+    """
+    return Loader(source, tokenizer, template, config, train, glyphs)
+
+
+class Loader:
+    """An iterable of batches; each iterator starts at the beginning (see `make_loader`)."""
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        config: LoaderConfig,
+        train: bool,
+        glyphs: GlyphsConfig | None,
+    ):
+        if len(source) == 0:
+            raise ValueError("loader: the source holds no examples: check its path and split")
+        _check_glyphs(config, glyphs)
+        self._source = source
+        self._config = config
+        self._train = train
+        self.bad_images = BadImages(len(source), config.max_bad_share)
+        rows = TrainRows if train else EvalRows
+        self._rows: TrainRows | EvalRows = rows(source, config, self.bad_images)
+        shape = Shape(
+            config.batch,
+            self._rows.questions,
+            config.prefix_length,
+            config.text_length,
+            config.image_size,
+            config.patch,
+        )
+        self._make = BatchMaker(tokenizer, template, shape, train, glyphs)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one pass; equal on every process."""
+        return self._rows.steps
+
+    def __iter__(self) -> "LoaderIterator":
+        epochs = self._config.epochs if self._train else 1
+        total = _ENDLESS if epochs is None else self._rows.steps * epochs
+        threads = self._config.threads
+        options = grain.ReadOptions(
+            num_threads=threads, prefetch_buffer_size=self._config.prefetch if threads else 0
+        )
+        batches = grain.MapDataset.source(range(total)).map(self._batch)
+        return LoaderIterator(iter(batches.to_iter_dataset(options)), self._fingerprint())
+
+    def gold(self, batch: Batch) -> list[list[Gold | None]]:
+        """The strings behind a batch, [B][Q]; None where `row_valid` is False."""
+        rows: list[list[Gold | None]] = []
+        names = ("index", "question", "row_valid")
+        for index, numbers, valid in zip(*(batch[n].tolist() for n in names), strict=True):
+            asked = zip(numbers, valid, strict=True)
+            if any(valid):
+                record = self._source[index]
+                rows.append([_gold(record, number) if ok else None for number, ok in asked])
+            else:
+                rows.append([None for _ in asked])
+        return rows
+
+    def _batch(self, number: int) -> Batch:
+        return self._make(self._rows(number))
+
+    def _fingerprint(self) -> dict[str, Any]:
+        config = self._config
+        return {
+            "examples": len(self._source),
+            "train": self._train,
+            "batch": config.batch,
+            "questions": config.questions,
+            "flat": config.flat,
+            "seed": config.seed,
+            "shuffle": config.shuffle,
+            "process_count": config.process_count,
+        }
+
+
+class LoaderIterator(Iterator[Batch]):
+    """Batches in order, from a position that can be stored."""
+
+    def __init__(self, batches: grain.DatasetIterator, fingerprint: dict[str, Any]):
+        self._batches = batches
+        self._fingerprint = fingerprint
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, as JSON: equal on all processes, exact whatever has been prefetched."""
+        return {"order": dict(self._fingerprint), "grain": self._batches.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue where `get_state` was called. Raises ValueError for another order of data."""
+        order = state.get("order", {})
+        changed = [
+            f"{name} was {order.get(name)!r}, is {value!r}"
+            for name, value in self._fingerprint.items()
+            if order.get(name) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"loader: this state belongs to another order of data ({'; '.join(changed)}):"
+                " restore with the same settings, or start a new pass"
+            )
+        self._batches.set_state(state["grain"])
+
+    def close(self) -> None:
+        """Stop the threads that read ahead."""
+        self._batches.close()
+
+
+def _gold(record: Record, number: int) -> Gold:
+    kind = KINDS[int(record["kind"][number])] if "kind" in record else ""
+    hops = int(record["hops"][number]) if "hops" in record else 0
+    return Gold(record["question"][number], record["answer"][number], kind, hops)
+
+
+def _check_glyphs(config: LoaderConfig, glyphs: GlyphsConfig | None) -> None:
+    if glyphs is not None and (glyphs.image_size, glyphs.cell) != (config.image_size, config.patch):
+        raise ValueError(
+            f"loader: image_size={config.image_size} and patch={config.patch} do not match glyphs"
+            f" of {glyphs.image_size} pixels in cells of {glyphs.cell}: a patch is a cell"
+        )

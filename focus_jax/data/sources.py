@@ -1,0 +1,176 @@
+"""Random-access sources of glyph records: a TensorFlow Datasets builder, and one in memory.
+
+A source has `__len__` and `__getitem__`; an element is a `Record`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from focus_jax.data.glyph_config import SPLITS
+from focus_jax.data.glyphs import HOPS, KINDS, VERSION, GlyphsConfig, make_example, split_seed
+from focus_jax.data.images import encode_png
+
+
+class Record(TypedDict):
+    """One image with its questions; `kind` indexes `KINDS`, labels are per cell."""
+
+    index: int
+    image: bytes
+    question: tuple[str, ...]
+    answer: tuple[str, ...]
+    kind: np.ndarray
+    hops: np.ndarray
+    glyph: np.ndarray
+    colour: np.ndarray
+
+
+class Source(Protocol):
+    """A data set with random access."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+@dataclass
+class GlyphsBuilderConfig(tfds.core.BuilderConfig):
+    """Names one data set: its contents and its seed."""
+
+    glyphs: GlyphsConfig = field(default_factory=GlyphsConfig)
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Glyphs(tfds.core.GeneratorBasedBuilder):
+    """The embedded glyphs data set as ArrayRecord files."""
+
+    VERSION = tfds.core.Version(VERSION)
+    builder_config: GlyphsBuilderConfig
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        glyphs = self.builder_config.glyphs
+        labels = tfds.features.Tensor(shape=(glyphs.grid**2,), dtype=np.uint8)
+        per_question = tfds.features.Tensor(shape=(glyphs.questions,), dtype=np.uint8)
+        size = glyphs.image_size
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Procedural images of coloured glyphs with questions of one to three hops.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "index": tfds.features.Scalar(np.int64),
+                    "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
+                    "question": tfds.features.Sequence(tfds.features.Text()),
+                    "answer": tfds.features.Sequence(tfds.features.Text()),
+                    "kind": per_question,
+                    "hops": per_question,
+                    "glyph": labels,
+                    "colour": labels,
+                }
+            ),
+            # Index order on disk: record i of a split is example i, and nothing is sorted.
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Record]]]:
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, Record]]:
+        config = self.builder_config
+        seed = split_seed(config.seed, split)
+        for index in range(config.glyphs.size(split)):
+            yield index, make_record(config.glyphs, seed, index)
+
+
+class GlyphsSource:
+    """One split of a prepared data set, read at random from its files."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+        skip = {"image": tfds.decode.SkipDecoding()}
+        self._rows = builder.as_data_source(split, decoders=skip)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        row = self._rows[_checked(index, len(self))]
+        return Record(
+            index=int(row["index"]),
+            image=row["image"],
+            question=tuple(text.decode() for text in row["question"]),
+            answer=tuple(text.decode() for text in row["answer"]),
+            kind=row["kind"],
+            hops=row["hops"],
+            glyph=row["glyph"],
+            colour=row["colour"],
+        )
+
+
+class FreshSource:
+    """Examples made on demand and never written, from a stream that no split shares."""
+
+    def __init__(self, config: GlyphsConfig, seed: int, size: int):
+        if size < 1:
+            raise ValueError(f"size={size}: give 1 or more examples")
+        self._config = config
+        self._seed = split_seed(seed, "fresh")
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Record:
+        return make_record(self._config, self._seed, _checked(index, self._size))
+
+
+def make_record(config: GlyphsConfig, stream: int, index: int) -> Record:
+    """Example `index` of a stream (see `split_seed`) in the form that sources hand out."""
+    example = make_example(config, stream, index)
+    questions = example["questions"]
+    return Record(
+        index=index,
+        image=encode_png(example["image"]),
+        question=tuple(q["question"] for q in questions),
+        answer=tuple(q["answer"] for q in questions),
+        kind=np.array([KINDS.index(q["kind"]) for q in questions], np.uint8),
+        hops=np.array([HOPS[q["kind"]] for q in questions], np.uint8),
+        glyph=example["glyph"],
+        colour=example["colour"],
+    )
+
+
+def prepare(config: GlyphsConfig, seed: int, data_dir: str | Path) -> tfds.core.DatasetBuilder:
+    """Write the data set below `data_dir` unless it is there already; returns its builder."""
+    # The name holds a digest of all fields: another configuration never finds these files.
+    fields = json.dumps({"seed": seed, **asdict(config)}, sort_keys=True)
+    name = f"s{seed}_{hashlib.sha256(fields.encode()).hexdigest()[:12]}"
+    builder = Glyphs(
+        data_dir=str(data_dir),
+        config=GlyphsBuilderConfig(
+            name=name, version=VERSION, description=fields, glyphs=config, seed=seed
+        ),
+        file_format="array_record",
+    )
+    builder.download_and_prepare()
+    return builder
+
+
+def source(config: GlyphsConfig, seed: int, split: str, data_dir: str | Path) -> GlyphsSource:
+    """A split ("train", "validation" or "test") of the data set, written first if need be."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
+    return GlyphsSource(prepare(config, seed, data_dir), split)
+
+
+def _checked(index: int, size: int) -> int:
+    if not 0 <= index < size:
+        raise IndexError(f"index {index} is outside a source of {size} examples")
+    return int(index)

@@ -1,0 +1,265 @@
+"""Greedy answers of a trained run, with any method in place, scored and timed."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from focus_jax.checkpoint import Checkpoints, load_params
+from focus_jax.compress.method import Method
+from focus_jax.compress.plan import Plan, plan
+from focus_jax.data.loader import Loader
+from focus_jax.data.sources import Record, Source
+from focus_jax.evaluate.metrics import by_kind, exact_match
+from focus_jax.experiment import Experiment
+from focus_jax.generate import Generator
+from focus_jax.methods import parse_method
+from focus_jax.models.params import initialise, with_method
+from focus_jax.models.vlm import VLM, dims_of, sizes_of
+from focus_jax.objectives import inputs_of
+from focus_jax.sharding import make_mesh, put_batch, put_replicated
+from focus_jax.training import for_device
+from focus_jax.workdir import data_source, make_eval_loader, read_workdir, write_text
+
+InitSamplers = Literal["", "random"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question with what the model said."""
+
+    index: int
+    question_number: int
+    question: str
+    gold: str
+    prediction: str
+    kind: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """A method's score on a split, and what it cost.
+
+    Accuracy is exact match with Wilson's 95 % interval, shares of 1; `by_kind` holds the same for
+    each kind of question. Slots and `flops` (one question's prefill) are the plan's.
+    `seconds_per_sample`: prefill and greedy decoding, the median over batches once compiled.
+    `unreadable` counts questions left out because their image is corrupt.
+    """
+
+    checkpoint: str
+    step: int
+    method: str
+    split: str
+    data_seed: int | None
+    images: int
+    unreadable: int
+    accuracy: float
+    low: float
+    high: float
+    n: int
+    by_kind: dict[str, dict[str, float]]
+    visual_slots_entering: int
+    visual_slots_mean: float
+    share_of_full: float
+    flops: float
+    seconds_per_sample: float
+    batch: int
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, strings and dicts."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run read back: its config, tokenizer, canonical parameters, and the step they are from."""
+
+    workdir: Path
+    config: Experiment
+    tokenizer: PreTrainedTokenizerBase
+    tree: dict[str, jax.Array]
+    step: int
+
+    def method(self, text: str | None) -> Method:
+        """The method that `text` names; without it, the one that the run trained with."""
+        return parse_method(text, self.config.compress) if text else self.config.compress.value()
+
+    def model(self, method: Method, init_samplers: InitSamplers = "") -> VLM:
+        """The run's model with any method; ValueError for a learned one without weights."""
+        cfg = self.config
+        fresh = lambda: initialise(cfg.model, method, cfg.train.seed)  # noqa: E731
+        return with_method(cfg.model, self.tree, method, fresh if init_samplers else None)
+
+    def plan(self, method: Method) -> Plan:
+        """What a question's prefill costs with this method."""
+        data = self.config.data
+        return plan(
+            method, dims_of(self.config.model, 1), sizes_of(self.config.model), data.text_length,
+            prefix_tokens=data.prefix_length, head_tokens=1,
+        )  # fmt: skip
+
+
+def read_run(workdir: str | Path) -> Trained:
+    """A run's newest checkpoint with its config. FileNotFoundError says what is missing."""
+    config, tokenizer = read_workdir(workdir)
+    folder = Path(workdir) / "checkpoints"
+    tree, _ = load_params(folder)
+    with Checkpoints(folder, keep=1) as checkpoints:
+        step = checkpoints.latest()
+    return Trained(Path(workdir), config, tokenizer, tree, step or 0)
+
+
+def evaluate(
+    run: str | Path | Trained,
+    method: str | None = None,
+    split: str | None = None,
+    data_seed: int | None = None,
+    limit: int = 0,
+    batch: int = 0,
+    out: str | Path | None = None,
+    init_samplers: InitSamplers = "",
+    progress: Progress | None = None,
+) -> Result:
+    """Answer a split's questions greedily, one a sample, and score them by exact match.
+
+    `run` is a workdir, or what `read_run` made of it. Without them, `method`, `split`, `limit`
+    (the first images alone, 0: all) and `batch` (questions) are the run's own. `data_seed` draws
+    images anew instead of the stored ones. `out`: every answer as a line of JSON.
+    `progress(done, total)` is called after each batch.
+    Raises FileNotFoundError where there is no run, ValueError for what does not fit it.
+    """
+    run = run if isinstance(run, Trained) else read_run(run)
+    if jax.process_count() > 1:
+        raise ValueError("evaluation runs in one process: start it on one host")
+    chosen, split = run.method(method), split or run.config.eval.split
+    limit, batch = limit or run.config.eval.limit, batch or run.config.eval.batch
+    if limit < 0 or batch < 1:
+        raise ValueError(f"limit={limit}, batch={batch}: give at least 0 images, 1 question")
+    cfg = replace(run.config, eval=replace(run.config.eval, batch=batch))
+    cost = run.plan(chosen)
+    model = run.model(chosen, init_samplers)
+    source = first_images(data_source(cfg, split, data_seed), limit)
+    loader = make_eval_loader(cfg, source, run.tokenizer)
+    answers, seconds = answer_all(model, cfg, run.tokenizer, loader, progress)
+    if not answers:
+        raise ValueError(f"no image of {split!r} can be read ({len(source)} tried): mend the data")
+    if out is not None:
+        write_answers(Path(out), answers)
+    kinds = by_kind([a.kind for a in answers], [a.correct for a in answers])
+    everything = kinds.pop("all")
+    return Result(
+        checkpoint=str(run.workdir),
+        step=run.step,
+        method=method or chosen.name,
+        split=split,
+        data_seed=data_seed,
+        images=len(source),
+        unreadable=len(source) * len(source[0]["question"]) - len(answers),
+        accuracy=everything["accuracy"],
+        low=everything["low"],
+        high=everything["high"],
+        n=int(everything["n"]),
+        by_kind=kinds,
+        visual_slots_entering=cost.entering,
+        visual_slots_mean=cost.mean_slots,
+        share_of_full=cost.mean_share,
+        flops=cost.flops.total,
+        seconds_per_sample=seconds,
+        batch=batch,
+        device=f"{jax.devices()[0].device_kind} x {len(jax.devices())}",
+    )
+
+
+class FirstImages:
+    """The first images of a source."""
+
+    def __init__(self, source: Source, count: int):
+        self._source, self._count = source, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < self._count:
+            raise IndexError(f"index {index} is outside the first {self._count} images")
+        return self._source[index]
+
+
+def first_images(source: Source, limit: int) -> Source:
+    """The first `limit` images, all of them for 0 or where there are no more."""
+    return FirstImages(source, min(limit, len(source))) if limit else source
+
+
+def answer_all(
+    model: VLM,
+    cfg: Experiment,
+    tokenizer: PreTrainedTokenizerBase,
+    loader: Loader,
+    progress: Progress | None = None,
+) -> tuple[list[Answer], float]:
+    """Answers to all questions of a flat loader, and the median seconds of one."""
+    mesh = make_mesh()
+    generate = Generator(
+        put_replicated(model, mesh), cfg.eval.max_new_tokens, int(tokenizer.eos_token_id)
+    )
+    answers, times, total = [], [], loader.steps_per_epoch
+    batches = iter(loader)
+    for number, batch in enumerate(batches):
+        inputs = inputs_of(put_batch(for_device(batch), mesh))
+        key = jax.random.fold_in(jax.random.key(cfg.train.seed), number)
+        if number == 0:  # once more than the others, so that compilation is not timed
+            jax.block_until_ready(generate(inputs, key))
+        jax.block_until_ready(inputs)
+        start = time.perf_counter()
+        tokens = jax.block_until_ready(generate(inputs, key))
+        times.append((time.perf_counter() - start) / len(tokens))
+        answers += answers_of(batch, loader, np.asarray(tokens), tokenizer)
+        if progress is not None:
+            progress(number + 1, total)
+    batches.close()
+    return answers, float(np.median(times))
+
+
+def answers_of(
+    batch: dict[str, np.ndarray],
+    loader: Loader,
+    tokens: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Iterator[Answer]:
+    """The scored answers of a batch, padding left out.
+
+    ValueError when a right answer would not fit the new tokens.
+    """
+    said = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    for row, (golds, prediction) in enumerate(zip(loader.gold(batch), said, strict=True)):
+        if (gold := golds[0]) is not None:
+            needed = len(tokenizer(gold.answer, add_special_tokens=False)["input_ids"])
+            if needed > tokens.shape[1]:
+                raise ValueError(
+                    f"the answer {gold.answer!r} has {needed} tokens, and the run generates "
+                    f"{tokens.shape[1]}: set eval.max_new_tokens in its config"
+                )
+            yield Answer(
+                index=int(batch["index"][row]),
+                question_number=int(batch["question"][row, 0]),
+                question=gold.question,
+                gold=gold.answer,
+                prediction=prediction,
+                kind=gold.kind,
+                correct=exact_match(prediction, gold.answer),
+            )
+
+
+def write_answers(path: Path, answers: list[Answer]) -> None:
+    """One JSON object a line, written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(asdict(answer)) + "\n" for answer in answers))

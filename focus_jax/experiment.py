@@ -1,0 +1,191 @@
+"""One experiment as a value: model, compression, data, training, evaluation; flags; JSON."""
+
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from pydantic import TypeAdapter, ValidationError
+
+from focus_jax.compress.focusllava import focusllava
+from focus_jax.compress.method import Method
+from focus_jax.compress.text_guided import TextGuided
+from focus_jax.compress.vision_guided import VisionGuided
+from focus_jax.config import ModelConfig, tiny
+from focus_jax.data.glyph_config import GlyphsConfig
+from focus_jax.objectives import ObjectiveName
+
+
+@dataclass(frozen=True)
+class VisionSampler(VisionGuided):
+    """`VisionGuided` with a switch."""
+
+    enabled: bool = True
+
+
+@dataclass(frozen=True)
+class TextSampler(TextGuided):
+    """`TextGuided` with a switch."""
+
+    enabled: bool = True
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """FocusLLaVA's samplers as flat flags; a `Method` is built from it."""
+
+    vision: VisionSampler = field(default_factory=VisionSampler)
+    text: TextSampler = field(default_factory=lambda: TextSampler(layer=16))
+
+    def value(self) -> Method:
+        """The method: both samplers, one, or neither (full tokens)."""
+        vision = VisionGuided(**parent_fields(self.vision, VisionGuided))
+        text = TextGuided(**parent_fields(self.text, TextGuided))
+        return focusllava(
+            vision if self.vision.enabled else None, text if self.text.enabled else None
+        )
+
+
+def parent_fields(value: Any, parent: type) -> dict[str, Any]:
+    """The fields that `value` has from a parent dataclass."""
+    return {f.name: getattr(value, f.name) for f in fields(parent)}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The embedded data set and how its text becomes tokens.
+
+    `text_length`, `prefix_length`: tokens behind and before the image, padded to.
+    """
+
+    glyphs: GlyphsConfig = field(default_factory=GlyphsConfig)
+    seed: int = 0
+    directory: str = "runs/data"
+    template: Literal["bare", "brief", "vicuna_v1", "llama3", "mistral", "chatml"] = "bare"
+    text_length: int = 12
+    prefix_length: int = 2
+    max_bad_share: float = 0.01
+
+
+@dataclass(frozen=True)
+class TrainStage:
+    """One stage of training.
+
+    `objective`: `answers` (the real one), `words` (the decoder alone, scenes told in words), `fit`
+    (the projector in closed form from `steps` batches; see alignment.py).
+    `train`: prefixes of the canonical parameter names that learn; the rest is frozen.
+    `scale`: (prefix, factor) pairs on the learning rate. `samplers`: whether the method is in
+    place (otherwise all visual tokens). Schedule: linear warm-up over a share of the steps, cosine
+    down to `final` of the peak. `accumulate`: batches a step. `clutter`: images made on the fly
+    with that share of their cells filled (objective `fit`).
+    """
+
+    name: str
+    objective: ObjectiveName | Literal["fit"]
+    steps: int
+    learning_rate: float
+    train: tuple[str, ...] = ("",)
+    scale: tuple[tuple[str, float], ...] = ()
+    samplers: bool = True
+    batch: int = 32
+    questions: int = 4
+    accumulate: int = 1
+    warmup: float = 0.03
+    final: float = 0.05
+    clip: float = 1.0
+    clutter: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "questions", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"stage {self.name!r}: {name}={getattr(self, name)}: give >= 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All stages, in order, as one run. AdamW; `save_every` counts steps."""
+
+    stages: tuple[TrainStage, ...] = ()
+    seed: int = 0
+    init_from: str = ""
+    init_samplers: Literal["", "random"] = "random"
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.98
+    save_every: int = 100
+    keep: int = 2
+    log_every: int = 10
+    devices: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Greedy answers on a split; `limit` images (0: all)."""
+
+    split: Literal["validation", "test"] = "validation"
+    batch: int = 64
+    max_new_tokens: int = 4
+    limit: int = 0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that a run depends on."""
+
+    name: str
+    model: ModelConfig = field(default_factory=tiny)
+    compress: CompressConfig = field(default_factory=CompressConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def to_json(config: Experiment) -> str:
+    """The experiment as JSON text."""
+    return TypeAdapter(Experiment).dump_json(config, indent=2).decode()
+
+
+def from_json(text: str, where: str = "config") -> Experiment:
+    """The experiment that `to_json` wrote; ValueError naming the field that does not fit."""
+    try:
+        return TypeAdapter(Experiment).validate_json(text)
+    except ValidationError as error:
+        raise ValueError(f"{where} does not describe an experiment: {error}") from error
+
+
+def load_program(path: str | Path) -> Experiment:
+    """The experiment that a config program's `get_config()` returns."""
+    path = Path(path)
+    if not path.is_file():
+        near = ", ".join(sorted(p.name for p in path.parent.glob("*.py"))) or "nothing"
+        raise FileNotFoundError(f"no config at {path}; its folder holds {near}")
+    sys.path.insert(0, str(path.parent))
+    try:
+        namespace = runpy.run_path(str(path))
+    finally:
+        sys.path.pop(0)
+    make: Callable[[], Experiment] | None = namespace.get("get_config")
+    if make is None:
+        raise ValueError(f"{path} defines no get_config() that returns an Experiment")
+    return make()
+
+
+def override(config: Experiment, flags: Sequence[str], prog: str) -> Experiment:
+    """The experiment with fields set by flags (`--compress.text.layer 2`).
+
+    An unknown or misspelt flag ends the program with a message that names the near ones.
+    """
+    return tyro.cli(
+        tyro.conf.configure(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)(Experiment),
+        default=config,
+        args=list(flags),
+        prog=prog,
+    )

@@ -1,0 +1,126 @@
+"""Compression methods by their names on a command line: `pool:size=8`, `focusllava:text.keep=0.1`.
+
+A method is a function; its arguments are checked against the function's signature.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from typing import Any, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from focus_jax.compress.baselines import downsample, full, pool, random, uniform
+from focus_jax.compress.focusllava import focusllava
+from focus_jax.compress.method import Method
+from focus_jax.compress.text_guided import TextGuided
+from focus_jax.compress.vision_guided import VisionGuided
+from focus_jax.experiment import CompressConfig, parent_fields
+
+METHODS: dict[str, Callable[..., Method]] = {
+    f.__name__: f for f in (full, random, uniform, pool, downsample)
+}
+# Which of the config's samplers stand in FocusLLaVA and in its two halves.
+SAMPLERS: dict[str, tuple[str, ...]] = {
+    "focusllava": ("vision", "text"),
+    "vision_only": ("vision",),
+    "text_only": ("text",),
+}
+NAMES = (*METHODS, *SAMPLERS)
+
+
+def parse_method(text: str, compress: CompressConfig) -> Method:
+    """The method that `name` or `name:argument=value,...` stands for.
+
+    `focusllava`, `vision_only` and `text_only` take the config's samplers, whether switched on or
+    not, and overrides such as `vision.budget=64,text.layer=1`; the items of a tuple stand apart
+    by "/" (`vision.scales=4/2/1`). ValueError: a name, an argument or a value that does not fit.
+    """
+    name, _, rest = text.strip().partition(":")
+    given = arguments(name, rest)
+    if name in METHODS:
+        hints = get_type_hints(METHODS[name])
+        wanted = {key: hints[key] for key in inspect.signature(METHODS[name]).parameters}
+        return METHODS[name](**converted(name, given, wanted))
+    if name in SAMPLERS:
+        return sampled(name, given, compress)
+    raise ValueError(f"unknown method {name!r}: {choose(name, NAMES)}")
+
+
+def sampled(name: str, given: Mapping[str, str], compress: CompressConfig) -> Method:
+    """FocusLLaVA, or one half of it, from the config's samplers with overrides."""
+    values: dict[str, VisionGuided | TextGuided] = {
+        "vision": VisionGuided(**parent_fields(compress.vision, VisionGuided)),
+        "text": TextGuided(**parent_fields(compress.text, TextGuided)),
+    }
+    parts = {part: values[part] for part in SAMPLERS[name]}
+    hints = {part: get_type_hints(type(value)) for part, value in parts.items()}
+    wanted = {f"{p}.{f.name}": hints[p][f.name] for p, v in parts.items() for f in fields(v)}
+    changes = converted(name, given, wanted)
+    for part, value in parts.items():
+        start = f"{part}."
+        mine = {k.removeprefix(start): v for k, v in changes.items() if k.startswith(start)}
+        parts[part] = replace(value, **mine)
+    return focusllava(**parts)
+
+
+def arguments(name: str, text: str) -> dict[str, str]:
+    """`{"keep": "0.25"}` from `keep=0.25`."""
+    out: dict[str, str] = {}
+    for piece in text.split(",") if text else ():
+        key, equals, value = (part.strip() for part in piece.partition("="))
+        if not (key and equals and value):
+            raise ValueError(f"method {name!r}: {piece!r} is no argument=value")
+        if key in out:
+            raise ValueError(f"method {name!r}: {key} is given twice: give it once")
+        out[key] = value
+    return out
+
+
+def converted(name: str, given: Mapping[str, str], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the types that the method wants."""
+    out = {}
+    for key, value in given.items():
+        if key not in wanted:
+            what = choose(key, tuple(wanted)) if wanted else "it takes none"
+            raise ValueError(f"method {name!r} has no argument {key!r}: {what}")
+        out[key] = convert(name, key, value, wanted[key])
+    return out
+
+
+def convert(name: str, key: str, value: str, kind: Any) -> Any:
+    """One value; tuples from items between "/", None from "none"."""
+    optional = type(None) in get_args(kind)
+    if optional and value.lower() == "none":
+        return None
+    several = any(get_origin(k) is tuple for k in (kind, *get_args(kind)))
+    try:
+        return TypeAdapter(kind).validate_python(tuple(value.split("/")) if several else value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise ValueError(f"method {name!r}: {key}={value} does not fit: {reason}") from error
+
+
+def choose(found: str, names: Iterable[str]) -> str:
+    """Which names are near `found`, or all of them."""
+    names = tuple(names)
+    near = get_close_matches(found, names, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}"
+
+
+def split_methods(text: str) -> list[str]:
+    """The methods of a list such as `full,random:keep=0.25,focusllava:text.layer=1,text.keep=0.1`.
+
+    A piece that only says argument=value belongs to the method before it.
+    """
+    out: list[str] = []
+    for piece in filter(None, (piece.strip() for piece in text.split(","))):
+        head, equals, _ = piece.partition("=")
+        if equals and ":" not in head and out:
+            out[-1] += ("," if ":" in out[-1] else ":") + piece
+        else:
+            out.append(piece)
+    if not out:
+        raise ValueError(f"{text!r} names no method: choose from {', '.join(NAMES)}")
+    return out

@@ -1,0 +1,256 @@
+"""Llama-style decoder whose layers are stacked per stage; a stage has one row count."""
+
+import math
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from focus_jax.config import DecoderConfig, ModelConfig
+from focus_jax.models.attention import (
+    NEG_INF,
+    Rows,
+    attend,
+    attention,
+    repeat_groups,
+    softmax,
+    visible,
+)
+
+
+class KeyValue(NamedTuple):
+    """Rotated keys and values of a stage's layers: [L B S G K] each."""
+
+    k: Float[Array, "L B S G K"]
+    v: Float[Array, "L B S G K"]
+
+
+class Rotary(NamedTuple):
+    """cos and sin of a row's position, [B S K/2]."""
+
+    cos: Float[Array, "B S K2"]
+    sin: Float[Array, "B S K2"]
+
+
+def inverse_frequencies(cfg: DecoderConfig) -> Float[Array, " K2"]:
+    """Rotary frequencies [K/2] with Hugging Face's `linear` and `llama3` scaling."""
+    exponent = jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim
+    freq = 1.0 / cfg.rope_theta**exponent
+    scaling = cfg.rope_scaling
+    if scaling is None:
+        return freq
+    if scaling.kind == "linear":
+        return freq / scaling.factor
+    wavelength = 2 * math.pi / freq
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = (scaling.original_max_position / wavelength - low) / (high - low)
+    smooth = jnp.clip(smooth, 0.0, 1.0)  # 0: long waves, stretched; 1: short waves, kept
+    return (1 - smooth) * freq / scaling.factor + smooth * freq
+
+
+def rotary(cfg: DecoderConfig, position: Int[Array, "B S"]) -> Rotary:
+    """Angles of each row, in fp32."""
+    angle = position[..., None].astype(jnp.float32) * inverse_frequencies(cfg)
+    return Rotary(jnp.cos(angle), jnp.sin(angle))
+
+
+def rotate(x: Float[Array, "B S H K"], by: Rotary) -> Float[Array, "B S H K"]:
+    """Rotate queries or keys; the two halves form the pairs (Hugging Face's layout)."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = by.cos[:, :, None], by.sin[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def dtypes(model: ModelConfig) -> dict[str, Any]:
+    """Dtypes of computation and parameters, for flax."""
+    return {"dtype": jnp.dtype(model.compute_dtype), "param_dtype": jnp.dtype(model.param_dtype)}
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm block: rotary grouped-query attention, then SwiGLU."""
+
+    def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
+        cfg = model.decoder
+        kw = dtypes(model)
+
+        def linear(a: int, b: int, std: float = 0.0) -> nnx.Linear:
+            std = std or a**-0.5
+            init = nnx.initializers.normal(std)
+            return nnx.Linear(a, b, use_bias=False, kernel_init=init, **kw, rngs=rngs)
+
+        def norm() -> nnx.RMSNorm:
+            return nnx.RMSNorm(cfg.width, epsilon=cfg.norm_eps, **kw, rngs=rngs)
+
+        self.head_dim, self.impl = cfg.head_dim, model.attention
+        self.norm_1, self.norm_2 = norm(), norm()
+        self.q = linear(cfg.width, cfg.heads * cfg.head_dim)
+        self.k = linear(cfg.width, cfg.kv_heads * cfg.head_dim)
+        self.v = linear(cfg.width, cfg.kv_heads * cfg.head_dim)
+        self.out = linear(cfg.heads * cfg.head_dim, cfg.width, std=INTO_RESIDUAL)
+        self.gate = linear(cfg.width, cfg.mlp_width)
+        self.up = linear(cfg.width, cfg.mlp_width)
+        self.down = linear(cfg.mlp_width, cfg.width, std=INTO_RESIDUAL)
+
+        if cfg.init == "mimetic":
+            self.imitate(rngs)
+
+    def imitate(self, rngs: nnx.Rngs) -> None:
+        """Tie fresh weights: keys to queries, output to values, feed-forward silent."""
+        orthogonal = nnx.initializers.orthogonal()
+        for linear in (self.q, self.v):
+            kernel = linear.kernel[...]
+            linear.kernel[...] = orthogonal(rngs.params(), kernel.shape, kernel.dtype)
+        self.k.kernel[...] = self.q.kernel[...]
+        self.out.kernel[...] = self.v.kernel[...].T
+        self.down.kernel[...] = jnp.zeros_like(self.down.kernel[...])
+
+    def heads(self, x: Float[Array, "B S W"]) -> Float[Array, "B S H K"]:
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+    def qkv(self, x: Float[Array, "B S D"], by: Rotary) -> tuple[Array, Array, Array]:
+        """Rotated queries and keys, and values."""
+        y = self.norm_1(x)
+        q, k = rotate(self.heads(self.q(y)), by), rotate(self.heads(self.k(y)), by)
+        return q, k, self.heads(self.v(y))
+
+    def finish(self, x: Float[Array, "B S D"], mixed: Float[Array, "B S H K"]) -> Array:
+        """Residual of attention, then the feed-forward half."""
+        x = x + self.out(mixed.reshape(*x.shape[:2], -1))
+        y = self.norm_2(x)
+        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+
+    def __call__(
+        self, x: Float[Array, "B S D"], by: Rotary, rows: Rows, mask: Array | None
+    ) -> tuple[Array, tuple[Array, Array, Array]]:
+        q, k, v = self.qkv(x, by)
+        return self.finish(x, attention(q, k, v, rows, mask, self.impl)), (q, k, v)
+
+    def step(
+        self,
+        x: Float[Array, "B 1 D"],
+        by: Rotary,
+        cache: tuple[Float[Array, "B S G K"], Float[Array, "B S G K"]],
+        length: Int[Array, " B"],
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """One new row for each batch row: write its key and value at `length`, attend to all."""
+        q, k, v = self.qkv(x, by)
+        write = jax.vmap(lambda c, row, at: jax.lax.dynamic_update_slice(c, row, (at, 0, 0)))
+        keys, values = write(cache[0], k, length), write(cache[1], v, length)
+        mask = jnp.arange(keys.shape[1])[None, None, :] <= length[:, None, None]
+        return self.finish(x, attend(q, keys, values, mask)), (keys, values)
+
+
+# Standard deviations of fresh weights: embeddings, and what each block adds to the residual.
+EMBEDDING, INTO_RESIDUAL = 0.1, 0.088
+
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Decoder(nnx.Module):
+    """Embedding, stages of stacked layers, final norm, head.
+
+    `stages[i]` is a `DecoderLayer` whose arrays carry a leading axis of its layers; `bounds` are
+    the layers before which a stage starts, () for one stage.
+    """
+
+    def __init__(self, model: ModelConfig, bounds: tuple[int, ...], *, rngs: nnx.Rngs):
+        cfg = model.decoder
+        kw = dtypes(model)
+        self.cfg, self.remat, self.unroll = cfg, model.remat, model.unroll
+        init = nnx.initializers.normal(EMBEDDING)
+        self.embed = nnx.Embed(cfg.vocab_size, cfg.width, embedding_init=init, **kw, rngs=rngs)
+        keys = jax.random.split(rngs.params(), cfg.layers)
+        self.stages = nnx.List(
+            [
+                jax.vmap(lambda key: DecoderLayer(model, rngs=nnx.Rngs(key)))(keys[a:b])
+                for a, b in spans(bounds, cfg.layers)
+            ]
+        )
+        self.norm = nnx.RMSNorm(cfg.width, epsilon=cfg.norm_eps, **kw, rngs=rngs)
+        init = nnx.initializers.normal(0.02)
+        head = partial(nnx.Linear, cfg.width, cfg.vocab_size, use_bias=False, kernel_init=init)
+        self.head = None if cfg.tie_embeddings else head(**kw, rngs=rngs)
+        if cfg.init == "mimetic" and self.head is not None:
+            self.head.kernel[...] = self.embed.embedding[...].T
+
+    def first_layer(self, stage: int) -> DecoderLayer:
+        """The unstacked first layer of a stage: where a cut reads queries and keys."""
+        return jax.tree.map(lambda a: a[0], self.stages[stage])
+
+    def run(
+        self,
+        stage: int,
+        x: Float[Array, "B S D"],
+        position: Int[Array, "B S"],
+        rows: Rows,
+        keep: bool = False,
+        observe=None,
+    ) -> tuple[Float[Array, "B S D"], KeyValue | None, Array | None]:
+        """Run one stage.
+
+        With `keep` also its keys and values; `observe(q, k, mask)` is called in every layer and
+        its results come back stacked [L ...].
+        """
+        by = rotary(self.cfg, position)
+        mask = None if self.is_fused(rows) and observe is None else visible(rows, x.shape[1])
+
+        def body(h: Array, layer: DecoderLayer):
+            h, (q, k, v) = layer(h, by, rows, mask)
+            seen = observe(q, k, mask) if observe is not None else None
+            return h, (KeyValue(k, v) if keep else None, seen)
+
+        if self.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
+        layers = self.stages[stage]
+        x, (cache, seen) = jax.lax.scan(body, x, layers, unroll=True if self.unroll else 1)
+        return x, cache, seen
+
+    def is_fused(self, rows: Rows) -> bool:
+        return self.stages[0].impl == "cudnn" and rows.segment is None
+
+    def step(
+        self,
+        stage: int,
+        x: Float[Array, "B 1 D"],
+        position: Int[Array, " B"],
+        cache: KeyValue,
+        length: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B 1 D"], KeyValue]:
+        """Decode one row a sample through one stage; returns the grown cache."""
+        by = rotary(self.cfg, position[:, None])
+
+        def body(h: Array, layer_cache):
+            layer, kv = layer_cache
+            h, kv = layer.step(h, by, kv, length)
+            return h, KeyValue(*kv)
+
+        return jax.lax.scan(body, x, (self.stages[stage], cache))
+
+    def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
+        """Final norm and vocabulary scores in fp32."""
+        x = self.norm(x)
+        head = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        return jnp.dot(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def spans(bounds: tuple[int, ...], layers: int) -> list[tuple[int, int]]:
+    """(first, last) layers of each stage; `bounds` are the later stages' first layers."""
+    edges = (0, *bounds, layers)
+    return list(pairwise(edges))
+
+
+def observed_attention(
+    q: Float[Array, "B S H K"], k: Float[Array, "B S G K"], mask: Array, row_weight: Array
+) -> Float[Array, "B S"]:
+    """Head-mean attention that each row gets from the rows weighted by `row_weight` [B S]."""
+    q, k = q * q.shape[-1] ** -0.5, repeat_groups(k, q.shape[2])
+    logits = jnp.einsum("bshd,bjhd->bhsj", q, k, preferred_element_type=jnp.float32)
+    weights = softmax(jnp.where(mask[:, None], logits, NEG_INF))
+    return jnp.einsum("bhsj,bs->bj", weights, row_weight) / q.shape[2]

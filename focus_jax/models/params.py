@@ -1,0 +1,139 @@
+"""Parameters by name: the canonical flat tree that serves every method."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from focus_jax.compress.method import Method
+from focus_jax.config import ModelConfig
+from focus_jax.models.decoder import spans
+from focus_jax.models.vlm import VLM
+
+STAGE = re.compile(r"^decoder\.stages\.(\d+)\.(.*)$")
+
+
+def name_of(path: tuple) -> str:
+    """`decoder.stages.0.q.kernel` from a pytree path."""
+    parts = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path]
+    return ".".join(part for part in parts if part != "value")
+
+
+def named_leaves(model: Any) -> dict[str, Any]:
+    """Every array of a model by its name, stages still apart."""
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
+
+
+def with_leaves(model: VLM, leaves: Mapping[str, Any]) -> VLM:
+    """The same model holding other arrays."""
+    flat, tree = jax.tree_util.tree_flatten_with_path(model)
+    return jax.tree.unflatten(tree, [leaves[name_of(path)] for path, _ in flat])
+
+
+def canonical(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Join the stages: `decoder.layers.*` with all layers stacked [L, ...].
+
+    Works for anything with those names: parameters, gradients, optimiser moments, shapes.
+    """
+    out: dict[str, Any] = {}
+    parts: dict[str, dict[int, Any]] = {}
+    for name, leaf in leaves.items():
+        if match := STAGE.match(name):
+            parts.setdefault(f"decoder.layers.{match[2]}", {})[int(match[1])] = leaf
+        else:
+            out[name] = leaf
+    for name, stages in parts.items():
+        out[name] = join([stages[i] for i in sorted(stages)])
+    return out
+
+
+def join(pieces: list[Any]) -> Any:
+    """Concatenate stages along the layer axis; shapes where there are no values."""
+    if len(pieces) == 1:
+        return pieces[0]
+    if isinstance(pieces[0], jax.ShapeDtypeStruct):
+        layers = sum(p.shape[0] for p in pieces)
+        return jax.ShapeDtypeStruct((layers, *pieces[0].shape[1:]), pieces[0].dtype)
+    return jnp.concatenate(pieces)
+
+
+def staged(tree: Mapping[str, Any], bounds: tuple[int, ...]) -> dict[str, Any]:
+    """Split `decoder.layers.*` into stages that begin at `bounds`; the inverse of `canonical`."""
+    out: dict[str, Any] = {}
+    for name, leaf in tree.items():
+        if not name.startswith("decoder.layers."):
+            out[name] = leaf
+            continue
+        rest = name.removeprefix("decoder.layers.")
+        for i, (a, b) in enumerate(spans(bounds, leaf.shape[0])):
+            out[f"decoder.stages.{i}.{rest}"] = leaf[a:b]
+    return out
+
+
+def abstract(cfg: ModelConfig, method: Method) -> VLM:
+    """The model's structure with shapes instead of values; allocates nothing."""
+    return nnx.eval_shape(lambda: VLM(cfg, method, rngs=nnx.Rngs(0)))
+
+
+def initialise(cfg: ModelConfig, method: Method, seed: int) -> VLM:
+    """A model with fresh parameters, made in one compiled program."""
+    return jax.jit(lambda: VLM(cfg, method, rngs=nnx.Rngs(seed)))()
+
+
+def is_sampler(name: str) -> bool:
+    """Whether a parameter belongs to a method rather than to the base model."""
+    return name.startswith("samplers.")
+
+
+def with_method(
+    cfg: ModelConfig,
+    tree: Mapping[str, Array],
+    method: Method,
+    init: Callable[[], VLM] | None = None,
+) -> VLM:
+    """A model for `method` from a canonical tree made by any method.
+
+    Samplers that the method does not have are left out. A learned method whose weights the tree
+    lacks is an error, unless `init` makes a model to take them from.
+    """
+    shape = abstract(cfg, method)
+    leaves = staged({k: v for k, v in tree.items() if not is_sampler(k)}, method.bounds)
+    wanted = named_leaves(shape)
+    samplers = {k: v for k, v in tree.items() if is_sampler(k) and k in wanted}
+    lacking = [k for k in wanted if is_sampler(k) and not fits(samplers.get(k), wanted[k])]
+    if lacking and init is None:
+        raise ValueError(
+            f"method {method.name!r} is learned, and the checkpoint has no weights for "
+            f"{lacking[0]} {tuple(wanted[lacking[0]].shape)}: train with it, ask for "
+            "--init-samplers random, or use gate='measured', which learns nothing"
+        )
+    if lacking and init is not None:
+        fresh = named_leaves(init())
+        samplers |= {k: fresh[k] for k in lacking}
+    leaves |= samplers
+    check_same(wanted, leaves)
+    return with_leaves(shape, leaves)
+
+
+def fits(leaf: Any, wanted: Any) -> bool:
+    return leaf is not None and tuple(leaf.shape) == tuple(wanted.shape)
+
+
+def check_same(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """ValueError naming the first parameter that differs, with both shapes."""
+    for name in sorted(wanted.keys() | found.keys()):
+        need = tuple(wanted[name].shape) if name in wanted else None
+        have = tuple(found[name].shape) if name in found else None
+        if need != have:
+            raise ValueError(
+                f"parameters differ at {name}: the model needs {words(need)}, the checkpoint "
+                f"has {words(have)}; load it with the model config it was trained with"
+            )
+
+
+def words(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else str(shape)

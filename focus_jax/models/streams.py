@@ -1,0 +1,150 @@
+"""Text and visual tokens as two streams, packed into one row sequence for a decoder stage."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from focus_jax.compress.select import Selection, permute, take, take_values
+from focus_jax.models.attention import Rows
+
+
+class Streams(NamedTuple):
+    """What flows between stages: a shared prefix, the visual tokens, Q questions behind them.
+
+    Everything carries validity and rotary positions. `slot` is the index of a visual token among
+    those that entered the decoder; `entered` how many valid ones did. `instruction` marks the
+    user's own words, `last` the prompt's last token.
+    """
+
+    prefix: Float[Array, "B P D"]
+    prefix_valid: Bool[Array, "B P"]
+    prefix_position: Int[Array, "B P"]
+    visual: Float[Array, "B V D"]
+    visual_valid: Bool[Array, "B V"]
+    visual_position: Int[Array, "B V"]
+    slot: Int[Array, "B V"]
+    token: Float[Array, "B Q T D"]
+    token_valid: Bool[Array, "B Q T"]
+    token_position: Int[Array, "B Q T"]
+    instruction: Bool[Array, "B Q T"]
+    last: Bool[Array, "B Q T"]
+    entered: Int[Array, " B"]
+
+
+class Packed(NamedTuple):
+    """One stage's rows: valid ones first, by question, then by position; `order` undoes it."""
+
+    hidden: Float[Array, "B S D"]
+    position: Int[Array, "B S"]
+    rows: Rows
+    order: Int[Array, "B S"]
+
+
+SEGMENT = 1 << 20  # more than any position; 2**10 questions fit an int32
+
+
+def renumber(s: Streams) -> Streams:
+    """Contiguous positions: prefix, then visual tokens, then each question on its own."""
+
+    def rank(valid: Array) -> Array:
+        return jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
+
+    before = s.prefix_valid.sum(-1, dtype=jnp.int32)
+    behind = before + s.visual_valid.sum(-1, dtype=jnp.int32)
+    return s._replace(
+        prefix_position=rank(s.prefix_valid),
+        visual_position=before[:, None] + rank(s.visual_valid),
+        token_position=behind[:, None, None] + rank(s.token_valid),
+    )
+
+
+def spread(s: Streams, places: Int[Array, "B V"]) -> Streams:
+    """Visual tokens at given places behind the prefix; the questions follow the last of them."""
+    before = s.prefix_valid.sum(-1, dtype=jnp.int32)
+    last = jnp.where(s.visual_valid, places, -1).max(-1)
+    shift = last + 1 - s.visual_valid.sum(-1, dtype=jnp.int32)
+    return s._replace(
+        visual_position=before[:, None] + places,
+        token_position=s.token_position + shift[:, None, None],
+    )
+
+
+def pack(s: Streams) -> Packed:
+    """Sort all rows by (valid, question, position); padding goes behind."""
+    b, q, t = s.token_valid.shape
+    segment = jnp.concatenate(
+        [
+            jnp.zeros((s.prefix.shape[1] + s.visual.shape[1],), jnp.int32),
+            jnp.repeat(jnp.arange(1, q + 1, dtype=jnp.int32), t),
+        ]
+    )
+    join = lambda a, b_, c: jnp.concatenate([a, b_, c.reshape(b, q * t, *c.shape[3:])], 1)  # noqa: E731
+    hidden = join(s.prefix, s.visual, s.token)
+    valid = join(s.prefix_valid, s.visual_valid, s.token_valid)
+    position = join(s.prefix_position, s.visual_position, s.token_position)
+    key = jnp.where(valid, segment * SEGMENT + position, jnp.iinfo(jnp.int32).max)
+    order = jnp.argsort(key, axis=1, stable=True)
+    sort = lambda a: jnp.take_along_axis(a, order, axis=1)  # noqa: E731
+    segments = sort(jnp.broadcast_to(segment, (b, segment.size))) if q > 1 else None
+    rows = Rows(valid.sum(-1, dtype=jnp.int32), segments)
+    return Packed(permute(hidden, order), sort(position), rows, order)
+
+
+def unpack(s: Streams, packed: Packed, hidden: Float[Array, "B S D"]) -> Streams:
+    """The streams again, with the hidden rows that a stage made."""
+    inverse = jnp.argsort(packed.order, axis=1)
+    rows = permute(hidden, inverse)
+    p, v = s.prefix.shape[1], s.visual.shape[1]
+    return s._replace(
+        prefix=rows[:, :p],
+        visual=rows[:, p : p + v],
+        token=rows[:, p + v :].reshape(s.token.shape),
+    )
+
+
+def select_visual(s: Streams, selection: Selection) -> Streams:
+    """Keep the selected visual tokens [B 1 k], or [B Q k]: then each question becomes a sample."""
+    if selection.index.shape[1] > 1:
+        s = fold(s)
+    flat = Selection(*(a.reshape(-1, a.shape[-1]) for a in selection))
+    return s._replace(
+        visual=take(s.visual, flat),
+        visual_valid=take_values(s.visual_valid, flat, False),
+        visual_position=take_values(s.visual_position, flat, 0),
+        slot=take_values(s.slot, flat, 0),
+    )
+
+
+def fold(s: Streams) -> Streams:
+    """Questions that shared an image become samples of their own: [B Q T] -> [B*Q 1 T]."""
+    b, q = s.token_valid.shape[:2]
+
+    def repeat(a: Array) -> Array:
+        return jnp.broadcast_to(a[:, None], (b, q, *a.shape[1:])).reshape(b * q, *a.shape[1:])
+
+    question = {"token", "token_valid", "token_position", "instruction", "last"}
+    return Streams(
+        **{
+            name: a.reshape(b * q, 1, *a.shape[2:]) if name in question else repeat(a)
+            for name, a in s._asdict().items()
+        }
+    )
+
+
+def last_of_prompt(
+    valid: Bool[Array, "B Q T"], label: Bool[Array, "B Q T"]
+) -> Bool[Array, "B Q T"]:
+    """Marks the token before the last supervised span; without one, the last valid token."""
+    starts = label & ~jnp.pad(label, [(0, 0), (0, 0), (1, 0)])[..., :-1]
+    index = jnp.arange(valid.shape[-1])
+    start = jnp.where(starts, index, -1).max(-1)
+    end = jnp.where(start > 0, start - 1, jnp.where(valid, index, -1).max(-1))
+    return index == end[..., None]
+
+
+def row_at(x: Float[Array, "B T D"], mark: Bool[Array, "B T"]) -> Float[Array, "B D"]:
+    """The marked row of each sample."""
+    at = jnp.argmax(mark, axis=-1)
+    return jax.vmap(lambda rows, i: jax.lax.dynamic_index_in_dim(rows, i, 0, False))(x, at)

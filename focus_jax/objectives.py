@@ -1,0 +1,110 @@
+"""What a training stage minimises: each objective maps a model and a batch to a loss.
+
+`answers` is the real one (LLaVA's two stages). `words` trains the embedded job's decoder from
+nothing; it stands for the pre-training of a language model.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from focus_jax.compress.method import Context, VisualTokens, block_key
+from focus_jax.compress.select import top_k_in_order
+from focus_jax.models.vlm import VLM, Inputs
+
+ObjectiveName = Literal["answers", "words"]
+Batch = Mapping[str, Array]
+
+
+class Loss(NamedTuple):
+    """A scalar to minimise and what to report beside it."""
+
+    value: Float[Array, ""]
+    metrics: dict[str, Float[Array, ""]]
+
+
+def inputs_of(batch: Batch) -> Inputs:
+    """The model's view of a loader's batch."""
+    return Inputs(
+        pixels=batch["pixels"], patch_valid=batch["patch_valid"], origin=batch["tile_origin"],
+        prefix=batch["prefix"], prefix_valid=batch["prefix_valid"], tokens=batch["tokens"],
+        token_valid=batch["token_valid"], instruction=batch["query_mask"],
+        label=batch["label_mask"],
+    )  # fmt: skip
+
+
+def answer_loss(
+    vlm: VLM,
+    hidden: Float[Array, "R T D"],
+    tokens: Int[Array, "R T"],
+    label: Bool[Array, "R T"],
+) -> Loss:
+    """Mean cross-entropy of the supervised tokens, each from the row before it."""
+    logits = vlm.decoder.logits(hidden[:, :-1])
+    target, mask = tokens[:, 1:], label[:, 1:]
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
+    count = jnp.maximum(mask.sum(), 1)
+    right = jnp.where(mask, jnp.argmax(logits, -1) == target, True).all(-1)
+    rows = mask.any(-1)
+    accuracy = (right & rows).sum() / jnp.maximum(rows.sum(), 1)
+    return Loss(jnp.where(mask, nll, 0).sum() / count, {"accuracy": accuracy})
+
+
+def answers(vlm: VLM, batch: Batch, ctx: Context) -> Loss:
+    """Answer questions about images, through the method; sampler losses added."""
+    return answer(vlm, batch, ctx, None)
+
+
+def answer(
+    vlm: VLM,
+    batch: Batch,
+    ctx: Context,
+    visual: VisualTokens | None,
+    places: Int[Array, "B V"] | None = None,
+) -> Loss:
+    """Answer loss over the batch, the image given by pixels or by ready visual tokens."""
+    out = vlm(inputs_of(batch), ctx, visual=visual, places=places)
+    flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
+    loss = answer_loss(vlm, out.hidden, flat(batch["tokens"]), flat(batch["label_mask"]))
+    extra = out.aux.losses
+    metrics = {"loss_answers": loss.value, **loss.metrics, **out.aux.metrics}
+    metrics |= {f"loss_{name}": value for name, value in extra.items()}
+    return Loss(loss.value + sum(extra.values(), jnp.zeros(())), metrics)
+
+
+WORD_SLOTS = 16  # filled cells and a few empty ones
+
+
+def words(vlm: VLM, batch: Batch, ctx: Context) -> Loss:
+    """The same questions over scenes told in words: a cell is the sum of its words' embeddings.
+
+    All filled cells and a varying number of empty ones, at their places or closed up, so that
+    the decoder meets the positions of a compressed stream as well.
+    """
+    keys = jax.random.split(block_key(ctx, "words"), 3)
+    filled = batch["cell_filled"]
+    b = filled.shape[0]
+    score = filled * 2.0 + jax.random.uniform(keys[0], filled.shape)
+    spare = jax.random.randint(keys[1], (b,), 0, WORD_SLOTS)
+    count = jnp.maximum(filled.sum(-1), jnp.minimum(filled.sum(-1) + spare, WORD_SLOTS))
+    chosen = top_k_in_order(score, jnp.ones_like(filled), WORD_SLOTS, count)
+    told = jnp.take_along_axis(batch["cell_words"], chosen.index[..., None], axis=1)
+    zeros = jnp.zeros(chosen.valid.shape)
+    visual = VisualTokens(
+        vlm.decoder.embed(told).sum(-2), chosen.valid, jnp.zeros((*chosen.valid.shape, 2)), zeros,
+        zeros.astype(jnp.int32), zeros.astype(bool),
+    )  # fmt: skip
+    # Between closed up (0) and each cell at its raster place (1).
+    rank = jnp.arange(WORD_SLOTS)
+    gaps = jnp.maximum(chosen.index - rank, 0) * jax.random.uniform(keys[2], (b, 1))
+    return answer(vlm, batch, ctx, visual, rank + gaps.astype(jnp.int32))
+
+
+OBJECTIVES: dict[str, Callable[[VLM, Batch, Context], Loss]] = {
+    "answers": answers,
+    "words": words,
+}
+

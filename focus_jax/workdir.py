@@ -1,0 +1,118 @@
+"""A run's folder: config.json and tokenizer beside the checkpoints, and the data they stand for."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+from transformers import PreTrainedTokenizerFast
+
+from focus_jax.data import conversation
+from focus_jax.data.glyphs import vocabulary
+from focus_jax.data.loader import Loader, LoaderConfig, make_loader
+from focus_jax.data.sources import FreshSource, Source, source
+from focus_jax.data.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer
+from focus_jax.experiment import DataConfig, Experiment, TrainStage, from_json, to_json
+
+CONFIG, TOKENIZER = "config.json", "tokenizer"
+TEMPLATES = {template.name: template for template in conversation.TEMPLATES}
+
+
+def glyph_tokenizer(data: DataConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer of the embedded data's closed vocabulary."""
+    return build_tokenizer((), vocabulary(data.glyphs), ("USER:", "ASSISTANT:"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def open_workdir(
+    cfg: Experiment, workdir: str | Path
+) -> tuple[Path, PreTrainedTokenizerFast, Experiment]:
+    """Make or reopen a workdir for `cfg`; returns it, the tokenizer and the resolved config.
+
+    The vocabulary's size follows the tokenizer. Raises ValueError when the workdir belongs to
+    another experiment, naming the first field that differs.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    tokenizer = glyph_tokenizer(cfg.data)
+    decoder = replace(cfg.model.decoder, vocab_size=len(tokenizer))
+    cfg = replace(cfg, model=replace(cfg.model, decoder=decoder))
+    path = workdir / CONFIG
+    if path.exists():
+        check_same_run(from_json(path.read_text(encoding="utf-8"), str(path)), cfg, path)
+    if jax.process_index() == 0:
+        write_text(path, to_json(cfg))
+        if not (workdir / TOKENIZER).exists():
+            save_tokenizer(tokenizer, workdir / TOKENIZER)
+    return workdir, tokenizer, cfg
+
+
+def check_same_run(stored: Experiment, asked: Experiment, path: Path) -> None:
+    """ValueError when what shapes the parameters' history differs between two configs."""
+    for part in ("model", "compress", "data", "train"):
+        old, new = getattr(stored, part), getattr(asked, part)
+        if old != new:
+            name = next(f for f in old.__dataclass_fields__ if getattr(old, f) != getattr(new, f))
+            raise ValueError(
+                f"{path} belongs to another run: {part}.{name} was {getattr(old, name)}, is "
+                f"{getattr(new, name)}; choose another --workdir, or use the stored settings"
+            )
+
+
+def read_workdir(workdir: str | Path) -> tuple[Experiment, PreTrainedTokenizerFast]:
+    """The config and tokenizer of a run. FileNotFoundError says how to make one."""
+    workdir = Path(workdir)
+    path = workdir / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{workdir} is no run: it has no {CONFIG}; make one with "
+            "`python train.py --config configs/glyphs_focus.py --workdir DIR`"
+        )
+    config = from_json(path.read_text(encoding="utf-8"), str(path))
+    return config, load_tokenizer(workdir / TOKENIZER)
+
+
+def data_source(cfg: Experiment, split: str, fresh_seed: int | None = None) -> Source:
+    """A split of the experiment's data, or images made anew from a seed of their own."""
+    if fresh_seed is None:
+        return source(cfg.data.glyphs, cfg.data.seed, split, cfg.data.directory)
+    return FreshSource(cfg.data.glyphs, fresh_seed, cfg.data.glyphs.size(split))
+
+
+def loader_config(cfg: Experiment, batch: int, questions: int, seed: int) -> LoaderConfig:
+    """The loader's settings; `batch` counts images over all processes."""
+    processes = jax.process_count()
+    if batch % processes:
+        raise ValueError(f"a batch of {batch} images does not divide over {processes} processes")
+    return LoaderConfig(
+        batch=batch // processes, questions=questions, seed=seed,
+        text_length=cfg.data.text_length, prefix_length=cfg.data.prefix_length,
+        image_size=cfg.model.vision.image_size, patch=cfg.model.vision.patch_size,
+        process_index=jax.process_index(), process_count=processes,
+        max_bad_share=cfg.data.max_bad_share,
+    )  # fmt: skip
+
+
+def make_train_loader(
+    cfg: Experiment, data: Source, tokenizer: PreTrainedTokenizerFast, stage: TrainStage, index: int
+) -> Loader:
+    """Endless shuffled batches for one training stage."""
+    glyphs = cfg.data.glyphs
+    if stage.clutter:
+        glyphs = replace(glyphs, clutter=stage.clutter)
+        data = FreshSource(glyphs, cfg.data.seed, glyphs.train)
+    config = loader_config(cfg, stage.batch, stage.questions, cfg.train.seed * 1000 + index)
+    template = TEMPLATES[cfg.data.template]
+    return make_loader(data, tokenizer, template, config, True, glyphs)
+
+
+def make_eval_loader(cfg: Experiment, data: Source, tokenizer: PreTrainedTokenizerFast) -> Loader:
+    """All questions in order, one a row, the image repeated; the last batch is padded."""
+    config = replace(loader_config(cfg, cfg.eval.batch, 1, 0), flat=True, shuffle=False)
+    return make_loader(data, tokenizer, TEMPLATES[cfg.data.template], config, False)
