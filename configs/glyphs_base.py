@@ -27,10 +27,10 @@ VISION = TrainStage(
     clutter=0.5,
 )  # fmt: skip
 
-# 256 patches: 100 slots enter, 28 remain from the middle layer on: 64 in the mean.
+# 256 patches: 112 slots enter, 16 remain from the middle layer on: 64 in the mean.
 COMPRESS = CompressConfig(
-    vision=VisionSampler(region=4, scales=(4, 2, 1), budget=100),
-    text=TextSampler(layer=2, keep=0.28, queries="last"),
+    vision=VisionSampler(region=4, scales=(4, 2, 1), budget=112),
+    text=TextSampler(layer=2, keep=0.14, queries="last"),
 )
 
 

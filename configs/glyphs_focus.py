@@ -6,7 +6,7 @@ import glyphs_base
 from focus_jax.experiment import Experiment, TrainConfig, TrainStage
 
 JOINT = TrainStage(
-    "joint", "answers", steps=200, learning_rate=5e-4,
+    "joint", "answers", steps=150, learning_rate=6e-4,
     train=("decoder.", "projector.", "samplers."), batch=16, questions=4,
 )  # fmt: skip
 

@@ -17,13 +17,13 @@ from focus_jax.models.vlm import VLM
 
 
 class Moments(NamedTuple):
-    """Sums over cells: inputs times inputs, inputs times targets, targets squared, weights."""
+    """Sums over cells, inputs x and targets y; `batches` counts what was added up."""
 
     xx: Float[Array, "F F"]
     xy: Float[Array, "F D"]
     yy: Float[Array, ""]
     y: Float[Array, " D"]
-    count: Float[Array, ""]
+    batches: Float[Array, ""]
 
 
 def hidden_features(vlm: VLM, pixels: Array) -> Float[Array, "B N F"]:
@@ -57,8 +57,7 @@ def fit_projector(
     for _, batch in zip(range(steps), batches, strict=False):
         part = step(vlm, {k: batch[k] for k in ("pixels", "cell_words", "cell_filled")})
         total = part if total is None else jax.tree.map(jnp.add, total, part)
-    xx, xy, yy, y, count = (np.asarray(a, np.float64) / float(total.count) for a in total)
-    del count
+    xx, xy, yy, y, _ = (np.asarray(a, np.float64) / float(total.batches) for a in total)
     weights = np.linalg.solve(xx + ridge * np.trace(xx) / len(xx) * np.eye(len(xx)), xy)
     left = yy - 2 * (weights * xy).sum() + (weights * (xx @ weights)).sum()
     name = "linear_1" if vlm.projector.linear_2 is None else "linear_2"

@@ -140,7 +140,7 @@ class ModelConfig:
 def tiny(vocab_size: int = 128) -> ModelConfig:
     """The embedded job: one 128-pixel view of 16x16 patches, trained from nothing on a CPU."""
     vision = VisionConfig(
-        image_size=128, patch_size=8, width=96, layers=2, heads=4, mlp_width=192,
+        image_size=128, patch_size=8, width=96, layers=1, heads=4, mlp_width=192,
         activation="gelu", feature_layer=-1, position_init="sincos",
         pixel_mean=(0.5, 0.5, 0.5), pixel_std=(0.5, 0.5, 0.5),
     )  # fmt: skip

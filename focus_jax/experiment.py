@@ -65,7 +65,7 @@ class DataConfig:
     seed: int = 0
     directory: str = "runs/data"
     template: Literal["bare", "brief", "vicuna_v1", "llama3", "mistral", "chatml"] = "bare"
-    text_length: int = 12
+    text_length: int = 11
     prefix_length: int = 2
     max_bad_share: float = 0.01
 

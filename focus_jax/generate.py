@@ -81,7 +81,7 @@ class Generator:
             raise ValueError(f"max_new_tokens={max_new_tokens}: give at least 1")
         self.vlm = vlm
         self._prefill = jax.jit(lambda v, i, k: prefill(v, i, k, max_new_tokens))
-        self._decode = jax.jit(lambda v, s: decode(v, s, max_new_tokens, eos), donate_argnums=1)
+        self._decode = jax.jit(lambda v, s: decode(v, s, max_new_tokens, eos))
 
     def __call__(self, inputs: Inputs, key: Array) -> Int[Array, "B N"]:
         """Greedy answers to a batch of prompts; `key` serves random methods."""

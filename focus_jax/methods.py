@@ -50,7 +50,7 @@ def parse_method(text: str, compress: CompressConfig) -> Method:
 
 def sampled(name: str, given: Mapping[str, str], compress: CompressConfig) -> Method:
     """FocusLLaVA, or one half of it, from the config's samplers with overrides."""
-    values: dict[str, VisionGuided | TextGuided] = {
+    values: dict[str, Any] = {
         "vision": VisionGuided(**parent_fields(compress.vision, VisionGuided)),
         "text": TextGuided(**parent_fields(compress.text, TextGuided)),
     }

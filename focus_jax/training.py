@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from focus_jax.alignment import fit_projector
 from focus_jax.checkpoint import Checkpoints, load_params
 from focus_jax.compress.baselines import full
 from focus_jax.compress.method import Context, Method
-from focus_jax.data.loader import Loader, LoaderIterator
+from focus_jax.data.loader import LoaderIterator
 from focus_jax.experiment import Experiment, TrainConfig, TrainStage, to_json
 from focus_jax.models import params as names
 from focus_jax.models.vlm import VLM
@@ -49,6 +50,18 @@ def canonical_name(name: str) -> str:
     """`decoder.layers.q.kernel` for `decoder.stages.1.q.kernel`."""
     match = names.STAGE.match(name)
     return f"decoder.layers.{match[2]}" if match else name
+
+
+def check_prefixes(stage: TrainStage, parameters: set[str]) -> None:
+    """ValueError for a prefix without parameters; `samplers.` may await a method that has some."""
+    for field, prefixes in (("train", stage.train), ("scale", [p for p, _ in stage.scale])):
+        for prefix in prefixes:
+            fits = any(name.startswith(prefix) for name in parameters)
+            if not fits and not names.is_sampler(prefix):
+                raise ValueError(
+                    f"stage {stage.name!r}: {field} names {prefix!r}, and no parameter begins so; "
+                    f"names begin with {sorted({name.split('.')[0] for name in parameters})}"
+                )
 
 
 def make_optimiser(cfg: TrainConfig, stage: TrainStage) -> optax.GradientTransformation:
@@ -138,6 +151,11 @@ class Run:
             names.named_leaves(names.with_method(self.cfg.model, tree, self.method, init))
         )
 
+    def stored_tree(self) -> Leaves:
+        """The canonical parameters of the newest checkpoint."""
+        shapes = names.named_leaves(names.abstract(self.cfg.model, self.method))
+        return load_params(self.checkpoints.directory, names.canonical(shapes))[0]
+
     def stage_method(self, stage: TrainStage) -> Method:
         return self.method if stage.samplers else full()
 
@@ -145,29 +163,28 @@ class Run:
         """(model structure, state, frozen leaves, optimiser) of a stage that starts from `tree`."""
         model = names.with_method(self.cfg.model, tree, self.stage_method(stage))
         leaves = put_replicated(names.named_leaves(model), self.mesh)
+        check_prefixes(stage, {canonical_name(name) for name in leaves})
         learning = {k: v for k, v in leaves.items() if learns(canonical_name(k), stage)}
         if not learning:
             raise ValueError(
-                f"stage {stage.name!r}: no parameter begins with any of train={stage.train}; "
-                f"names begin with {sorted({k.split('.')[0] for k in leaves})}"
+                f"stage {stage.name!r}: no parameter learns with train={stage.train}; names begin "
+                f"with {sorted({name.split('.')[0] for name in leaves})}"
             )
         frozen = {k: v for k, v in leaves.items() if k not in learning}
         optimiser = make_optimiser(self.cfg.train, stage)
         # A copy: the state is donated, and the tree may still hold the same buffers.
         learning = jax.tree.map(jnp.copy, learning)
-        return model, State(learning, optimiser.init(learning)), frozen, optimiser
+        state = State(learning, optimiser.init(learning))
+        return model, put_replicated(state, self.mesh), frozen, optimiser
 
     # ------------------------------------------------------------------ running
 
     def train(self) -> Leaves:
         """Run all stages; returns the canonical parameters."""
-        tree = self.first_tree()
         first, resumed = self.find_stage()
         done = sum(stage.steps for stage in self.cfg.train.stages[:first])
-        if resumed is not None:
-            # Frozen parts and the samplers of later stages come from the checkpoint too.
-            like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
-            tree, _ = load_params(self.checkpoints.directory, like)
+        # Frozen parts and the samplers of later stages come from the checkpoint too.
+        tree = self.first_tree() if resumed is None else self.stored_tree()
         start = resumed or done
         with (
             self.checkpoints,
@@ -202,28 +219,28 @@ class Run:
             return self.fit_stage(index, done, tree, tracker)
         model, state, frozen, optimiser = self.state_of(stage, tree)
         loader = make_train_loader(self.cfg, self.source, self.tokenizer, stage, index)
-        batches = iter(loader)
-        number = done
-        if resumed is not None and resumed > done:
-            number, state = resumed, self.restore(state, tree, batches)
-        step = make_step(model, stage, optimiser, self.cfg.train.seed)
-        watch = Watch(tracker, stage.name, self.cfg.train.log_every)
-        for number in range(number + 1, done + stage.steps + 1):
-            for micro in range(stage.accumulate):
-                batch = next(batches)
+        with closing(iter(loader)) as batches:
+            start = done
+            if resumed is not None and resumed > done:
+                start, state = resumed, self.restore(state, tree, batches)
+            step = make_step(model, stage, optimiser, self.cfg.train.seed)
+            watch = Watch(tracker, stage.name, self.cfg.train.log_every)
+            for number in range(start + 1, done + stage.steps + 1):
                 progress = np.float32((number - done) / stage.steps)
-                unique = np.int32((number - 1) * stage.accumulate + micro)
-                state, metrics = step(
-                    state, frozen, put_batch(for_device(batch), self.mesh), unique, progress
-                )
-                watch.see(number, metrics, batch["index"])
-            last = number == done + stage.steps
-            if number % self.cfg.train.save_every == 0 or last:
-                watch.flush()
-                self.save(number, state, frozen, tree, batches, index)
-        watch.flush()
+                seen = []
+                for micro in range(stage.accumulate):
+                    batch = next(batches)
+                    unique = np.int32((number - 1) * stage.accumulate + micro)
+                    state, metrics = step(
+                        state, frozen, put_batch(for_device(batch), self.mesh), unique, progress
+                    )
+                    seen.append((metrics, batch["index"]))
+                watch.see(number, seen)
+                last = number == done + stage.steps
+                if number % self.cfg.train.save_every == 0 or last:
+                    watch.flush()
+                    self.save(number, state, frozen, tree, batches, index)
         self.seconds[stage.name] = watch.seconds_per_step
-        batches.close()
         return self.joined(state, frozen, tree)
 
     def fit_stage(self, index: int, done: int, tree: Leaves, tracker: Tracker) -> Leaves:
@@ -231,13 +248,12 @@ class Run:
         stage = self.cfg.train.stages[index]
         model = names.with_method(self.cfg.model, tree, full())
         loader = make_train_loader(self.cfg, self.source, self.tokenizer, stage, index)
-        batches = iter(loader)
-        leaves, unexplained = fit_projector(model, batches, stage.steps)
-        tree = {**tree, **leaves}
-        number = done + stage.steps
-        tracker.log(number, {"unexplained": unexplained})
-        self.save(number, State({}, ()), {}, tree, batches, index)
-        batches.close()
+        with closing(iter(loader)) as batches:
+            leaves, unexplained = fit_projector(model, batches, stage.steps)
+            tree = {**tree, **leaves}
+            number = done + stage.steps
+            tracker.log(number, {"unexplained": unexplained})
+            self.save(number, State({}, ()), {}, tree, batches, index)
         return tree
 
     def joined(self, state: State, frozen: Leaves, tree: Leaves) -> Leaves:
@@ -278,9 +294,10 @@ class Run:
         moments = [stored["optimiser"][jax.tree_util.keystr(path)] for path, _ in flat]
         bounds = stage_bounds(state.learning)
         learning = names.staged(stored["params"], bounds)
-        return State(
+        state = State(
             {k: learning[k] for k in state.learning}, jax.tree.unflatten(structure, moments)
         )
+        return put_replicated(state, self.mesh)
 
 
 def stage_bounds(leaves: Mapping[str, Array]) -> tuple[int, ...]:
@@ -302,51 +319,54 @@ def for_device(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array for name, array in batch.items() if name not in HOST_ONLY}
 
 
+Seen = list[tuple[dict[str, Array], np.ndarray]]
+
+
 class Watch:
     """Looks at a step's metrics one step late, so that the device never waits for the host.
 
-    Raises NonFiniteLoss naming the step and its images.
+    Logs their means over the step's batches. Raises NonFiniteLoss naming the step and its images.
     """
 
     def __init__(self, tracker: Tracker, stage: str, every: int):
         self.tracker, self.stage, self.every = tracker, stage, every
-        self.pending: tuple[int, dict[str, Array], np.ndarray] | None = None
+        self.pending: tuple[int, Seen] | None = None
         self.times: list[float] = []
         self.last = 0.0
 
-    def see(self, number: int, metrics: dict[str, Array], index: np.ndarray) -> None:
+    def see(self, number: int, batches: Seen) -> None:
+        """Take in a step's (metrics, image numbers), one pair for each of its batches."""
         self.flush()
-        self.pending = (number, metrics, index)
+        self.pending = (number, batches)
 
     def flush(self) -> None:
         """Check and log the pending step."""
         if self.pending is None:
             return
-        number, metrics, index = self.pending
+        number, batches = self.pending
         self.pending = None
-        values = {name: float(value) for name, value in metrics.items()}
+        rows = [{name: float(value) for name, value in metrics.items()} for metrics, _ in batches]
         now = time.perf_counter()
         if self.last:
             self.times.append(now - self.last)
         self.last = now
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
-            raise NonFiniteLoss(
-                f"step {number} (stage {self.stage!r}): loss {values['loss']}, gradient norm "
-                f"{values['gradient_norm']}; images {index.tolist()}. The last checkpoint is from "
-                "before it: lower the learning rate or look at these images, then start again"
-            )
+        for values, (_, index) in zip(rows, batches, strict=True):
+            self.check(number, values, index)
         if number % self.every == 0:
-            self.tracker.log(number, {**values, "seconds_per_step": self.seconds_per_step})
+            means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+            self.tracker.log(number, {**means, "seconds_per_step": self.seconds_per_step})
+
+    def check(self, number: int, values: Mapping[str, float], index: np.ndarray) -> None:
+        """NonFiniteLoss unless a batch's loss and gradient are finite."""
+        if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
+            return
+        raise NonFiniteLoss(
+            f"step {number} (stage {self.stage!r}): loss {values['loss']}, gradient norm "
+            f"{values['gradient_norm']}; images {index.tolist()}. The last checkpoint is from "
+            "before it: lower the learning rate or look at these images, then start again"
+        )
 
     @property
     def seconds_per_step(self) -> float:
         """Median time of a step so far, the first (compilation) left out."""
         return float(np.median(self.times)) if self.times else 0.0
-
-
-def loader_of(run: Run, stage: int = -1) -> Loader:
-    """The training loader of one of a run's stages."""
-    index = stage % len(run.cfg.train.stages)
-    return make_train_loader(
-        run.cfg, run.source, run.tokenizer, run.cfg.train.stages[index], index
-    )

@@ -1,8 +1,9 @@
 """A run's folder: config.json and tokenizer beside the checkpoints, and the data they stand for."""
 
 import os
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 from transformers import PreTrainedTokenizerFast
@@ -15,6 +16,8 @@ from focus_jax.data.tokenizer import build_tokenizer, load_tokenizer, save_token
 from focus_jax.experiment import DataConfig, Experiment, TrainStage, from_json, to_json
 
 CONFIG, TOKENIZER = "config.json", "tokenizer"
+# Where a run keeps its things and how often it tells: these may change when it goes on.
+FREE = ("data.directory", "train.save_every", "train.keep", "train.log_every", "train.devices")
 TEMPLATES = {template.name: template for template in conversation.TEMPLATES}
 
 
@@ -54,15 +57,31 @@ def open_workdir(
 
 
 def check_same_run(stored: Experiment, asked: Experiment, path: Path) -> None:
-    """ValueError when what shapes the parameters' history differs between two configs."""
+    """ValueError naming the first field that differs and shapes the parameters' history."""
     for part in ("model", "compress", "data", "train"):
-        old, new = getattr(stored, part), getattr(asked, part)
-        if old != new:
-            name = next(f for f in old.__dataclass_fields__ if getattr(old, f) != getattr(new, f))
+        found = difference(getattr(stored, part), getattr(asked, part), part)
+        if found:
+            name, old, new = found
             raise ValueError(
-                f"{path} belongs to another run: {part}.{name} was {getattr(old, name)}, is "
-                f"{getattr(new, name)}; choose another --workdir, or use the stored settings"
+                f"{path} belongs to another run: {name} was {old}, is {new}; choose another "
+                "--workdir, or use the stored settings"
             )
+
+
+def difference(old: Any, new: Any, name: str) -> tuple[str, Any, Any] | None:
+    """(name, old, new) of the first place where two configs differ, fields in `FREE` left out."""
+    if old == new or name in FREE:
+        return None
+    parts: list[tuple[str, Any, Any]] = []
+    if is_dataclass(old) and type(old) is type(new):
+        parts = [
+            (f"{name}.{f.name}", *(getattr(c, f.name) for c in (old, new))) for f in fields(old)
+        ]
+    elif isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+        parts = [(f"{name}.{i}", *pair) for i, pair in enumerate(zip(old, new, strict=True))]
+    if not parts:
+        return name, old, new
+    return next(filter(None, (difference(a, b, place) for place, a, b in parts)), None)
 
 
 def read_workdir(workdir: str | Path) -> tuple[Experiment, PreTrainedTokenizerFast]:

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` without abbreviations whose errors name the flags near a misspelt one."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, prog: str, **kwargs: Any):
+        super().__init__(prog=prog, allow_abbrev=False, **kwargs)
         self.given: list[str] = []
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

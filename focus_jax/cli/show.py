@@ -151,9 +151,9 @@ def view(model: VLM, out: Output, row: int, gold: Gold, prediction: str) -> Samp
 
 
 def present(slot: Int[np.ndarray, " V"], valid: Bool[np.ndarray, " E"]) -> Int[np.ndarray, " K"]:
-    """Where a stage's slots hold a token: padding behind a cut points at a slot once more."""
-    first = np.unique(slot, return_index=True)[1]
-    return first[valid[slot[first]]]
+    """Where a stage's slots hold a token: they rise, and padding behind a cut says 0 again."""
+    padding = (slot == 0) & (np.arange(len(slot)) > 0)
+    return np.flatnonzero(valid[slot] & ~padding)
 
 
 def spread(

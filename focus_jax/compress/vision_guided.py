@@ -71,6 +71,8 @@ class VisionGuided(VisionStage):
     metric `vision/demoted`. `noise` scales Gumbel noise on their logits in training, annealed to
     nothing over the run. `balance` weighs the Switch load loss (alpha), `target` a pull of the
     expected tokens towards the budget. `min_gain`: smallest marginal loss worth a token.
+    `teach`: while training, `distortion` allocates by the measured loss that its router learns to
+    predict, so that an untrained router does not starve the decoder.
     """
 
     region: int = 4
@@ -85,6 +87,7 @@ class VisionGuided(VisionStage):
     target: float = 0.0
     noise: float = 0.3
     min_gain: float = 0.0
+    teach: bool = True
     learned: ClassVar[bool] = True
 
     @property
@@ -202,12 +205,14 @@ class VisionGuided(VisionStage):
         guess = module(jax.lax.stop_gradient(regions))[..., :-1]
         guess = jax.nn.softplus(guess)
         loss = jnp.concatenate([guess, jnp.zeros_like(guess[..., :1])], axis=-1)
-        choice = allocate(
-            jax.lax.stop_gradient(loss), self.cost, self.budget, available, self.min_gain
-        )
+        loss = jax.lax.stop_gradient(loss)
         if not ctx.train:
+            choice = allocate(loss, self.cost, self.budget, available, self.min_gain)
             return choice, None, Aux({}, {}, {})
-        target = distortion(regions, pooled, self.region, self.scales, project)[..., :-1]
+        measured = distortion(regions, pooled, self.region, self.scales, project)
+        ranked = measured if self.teach else loss
+        choice = allocate(ranked, self.cost, self.budget, available, self.min_gain)
+        target = measured[..., :-1]
         error = masked_mean((guess - target) ** 2, available[..., None])
         spread = masked_mean(
             (target - masked_mean(target, available[..., None])) ** 2, available[..., None]

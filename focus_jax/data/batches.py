@@ -86,7 +86,7 @@ class BatchMaker:
         }
         if self._words is not None:
             arrays |= {
-                "cell_words": np.zeros((b, patches, 4), np.int32),
+                "cell_words": np.zeros((b, patches, 3), np.int32),
                 "cell_filled": np.zeros((b, patches), bool),
                 "glyph": np.zeros((b, patches), np.int32),
                 "colour": np.zeros((b, patches), np.int32),
@@ -150,18 +150,14 @@ class _CellTables:
         words = cell_words(glyphs)
         self._colour = np.array(token_ids(tokenizer, words.colour), np.int32)
         self._glyph = np.array(token_ids(tokenizer, words.glyph), np.int32)
-        row = np.array(token_ids(tokenizer, words.row), np.int32)
-        col = np.array(token_ids(tokenizer, words.col), np.int32)
-        self._row = row.repeat(glyphs.grid)
-        self._col = np.tile(col, glyphs.grid)
+        self._place = np.array(token_ids(tokenizer, words.place), np.int32)
 
     def put(self, arrays: Batch, place: int, record: Record) -> None:
         glyph, colour = record["glyph"], record["colour"]
         words = arrays["cell_words"][place]
         words[:, 0] = self._colour[colour]
         words[:, 1] = self._glyph[glyph]
-        words[:, 2] = self._row
-        words[:, 3] = self._col
+        words[:, 2] = self._place
         arrays["cell_filled"][place] = glyph > 0
         arrays["glyph"][place] = glyph
         arrays["colour"][place] = colour

@@ -77,10 +77,11 @@ def bitmap(glyph: str, cell: int) -> np.ndarray:
     return ink.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def background(rng: np.random.Generator, size: int, share_light: float = 0.5) -> UInt8[np.ndarray, "S S 3"]:
-    """A dark or light, nearly plain ground: one colour, a slow gradient, faint noise."""
-    light = rng.random() < share_light
-    low, high = (204, 232) if light else (18, 50)
+def background(
+    rng: np.random.Generator, size: int, light: float = 0.5
+) -> UInt8[np.ndarray, "S S 3"]:
+    """A nearly plain ground, light with chance `light`: one colour, a slow gradient, noise."""
+    low, high = (204, 232) if rng.random() < light else (18, 50)
     colour = rng.integers(low, high, size=3)
     slope = rng.uniform(-10, 10, size=2)
     ramp = np.linspace(-0.5, 0.5, size)
@@ -103,7 +104,8 @@ def paint(
 ) -> UInt8[np.ndarray, "S S 3"]:
     """Draw a grid of labels (0 = empty, else 1 + index) as an RGB image.
 
-    Each glyph stays inside its own cell, up to `jitter` bitmap pixels off the centre.
+    Each glyph stays inside its own cell, up to `jitter` bitmap pixels off the centre; the ground is
+    light with chance `light`.
     """
     image = background(rng, glyph.shape[0] * cell, light)
     filled = np.argwhere(glyph)

@@ -31,12 +31,12 @@ class GlyphsConfig:
 
     An image is `grid` x `grid` cells of `cell` pixels. It shows `groups` colours out of the pool
     `colours`; each owns one number of `digits` digits, one shape and, with `letters`, one
-    letter. `dense` is the share of objects placed beside another one. `clutter` fills
-    that share of the empty cells with any glyphs, labelled but not asked about: the questions then
-    have no single answer, so it serves the vision tower's training alone. Glyphs lie up to
-    `jitter` bitmap pixels off their cell's centre; a share `light` of the grounds is light, the
-    others dark. `max_hops` = 3 stacks
-    shapes and asks about them. `kinds` = () means every kind that the other fields permit.
+    letter. `dense` is the share of objects placed beside another one. `clutter` fills that share
+    of the empty cells with any glyphs, labelled but not asked about: the questions then have no
+    single answer, so it serves the vision tower's training alone. Glyphs lie up to `jitter` bitmap
+    pixels off their cell's centre; a share `light` of the grounds is light, the others dark.
+    `max_hops` = 3 stacks shapes and asks about them. `kinds` = () means every kind that the other
+    fields permit.
     """
 
     grid: int = 16

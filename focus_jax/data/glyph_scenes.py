@@ -59,9 +59,9 @@ def make_scene(config: GlyphsConfig, rng: np.random.Generator) -> Scene:
 
 
 def quadrant(cell: Cell, grid: int) -> str:
-    """The quarter of the image that a cell lies in, in words."""
+    """The quarter of the image that a cell lies in, as one word."""
     row, col = cell
-    return f"{'top' if row < grid // 2 else 'bottom'} {'left' if col < grid // 2 else 'right'}"
+    return f"{'north' if row < grid // 2 else 'south'}{'west' if col < grid // 2 else 'east'}"
 
 
 def stacked(scene: Scene) -> list[tuple[Group, Group]]:

@@ -19,7 +19,6 @@ VERSION = "1.0.0"
 EMPTY = "empty"
 
 __all__ = [
-    "EMPTY",
     "HOPS",
     "KINDS",
     "VERSION",
@@ -37,8 +36,7 @@ class CellWords(NamedTuple):
 
     colour: tuple[str, ...]
     glyph: tuple[str, ...]
-    row: tuple[str, ...]
-    col: tuple[str, ...]
+    place: tuple[str, ...]
 
 
 def make_example(config: GlyphsConfig, seed: int, index: int) -> dict[str, Any]:
@@ -84,14 +82,15 @@ def cell_words(config: GlyphsConfig) -> CellWords:
     return CellWords(
         colour=(EMPTY, *config.colours),
         glyph=(EMPTY, *GLYPHS),
-        row=tuple("top" if r < config.grid // 2 else "bottom" for r in range(config.grid)),
-        col=tuple("left" if c < config.grid // 2 else "right" for c in range(config.grid)),
+        place=tuple(quadrant(divmod(n, config.grid), config.grid) for n in range(config.grid**2)),
     )
 
 
 def vocabulary(config: GlyphsConfig) -> tuple[str, ...]:
     """All words that questions, answers and cells can hold, in a fixed order."""
-    plain = "what number is shape colour the where matches matching above letter top bottom left right"
+    plain = (
+        "what number is shape colour the where matches matching above letter"
+    )
     return tuple(dict.fromkeys([*plain.split(), *(w for ws in cell_words(config) for w in ws)]))
 
 

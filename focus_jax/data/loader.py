@@ -44,7 +44,7 @@ def make_loader(
     pixels uint8 [B, 1, S, S, 3]; patch_valid [B, 1, N]; tile_origin [B, 1, 2];
     prefix, prefix_valid [B, P]; tokens, token_valid, label_mask, query_mask [B, Q, T], padded on
     the right; row_valid, question, kind [B, Q]; index [B], the position in the source. With
-    `glyphs` also cell_words [B, N, 4] (ids of colour, glyph, row, column), cell_filled, glyph,
+    `glyphs` also cell_words [B, N, 3] (ids of colour, glyph, place), cell_filled, glyph,
     colour [B, N]. Rows that only fill the last batch repeat a real one: index, question and kind
     are -1, row_valid is False.
 

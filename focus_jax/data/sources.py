@@ -3,8 +3,12 @@
 A source has `__len__` and `__getitem__`; an element is a `Record`.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,6 +59,13 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version(VERSION)
     builder_config: GlyphsBuilderConfig
+
+    # `prepare` tells of the writing; there is no download to tell of.
+    def _log_download_bytes(self) -> None:
+        pass
+
+    def _log_download_done(self) -> None:
+        pass
 
     def _info(self) -> tfds.core.DatasetInfo:
         glyphs = self.builder_config.glyphs
@@ -147,20 +158,74 @@ def make_record(config: GlyphsConfig, stream: int, index: int) -> Record:
     )
 
 
-def prepare(config: GlyphsConfig, seed: int, data_dir: str | Path) -> tfds.core.DatasetBuilder:
-    """Write the data set below `data_dir` unless it is there already; returns its builder."""
+def prepare(
+    config: GlyphsConfig, seed: int, data_dir: str | Path, verbose: bool = False
+) -> tfds.core.DatasetBuilder:
+    """Write the data set below `data_dir` unless it is there already; returns its builder.
+
+    Processes may prepare the same data set at once. Tells where it writes, on stderr; `verbose`
+    adds the progress of TensorFlow Datasets.
+    """
+    builder = _builder(config, seed, data_dir, verbose)
+    target = Path(builder.data_path)
+    if target.exists():
+        return builder
+    print(f"writing data set to {target}", file=sys.stderr, flush=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # In a folder of its own: two processes would write the same names.
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=data_dir) as private:
+        writer = _builder(config, seed, private, verbose)
+        with contextlib.nullcontext() if verbose else _without_bars():
+            writer.download_and_prepare()
+        _move(Path(writer.data_path), target)
+    return _builder(config, seed, data_dir, verbose)
+
+
+def _builder(config: GlyphsConfig, seed: int, data_dir: str | Path, verbose: bool) -> Glyphs:
     # The name holds a digest of all fields: another configuration never finds these files.
     fields = json.dumps({"seed": seed, **asdict(config)}, sort_keys=True)
     name = f"s{seed}_{hashlib.sha256(fields.encode()).hexdigest()[:12]}"
-    builder = Glyphs(
-        data_dir=str(data_dir),
-        config=GlyphsBuilderConfig(
-            name=name, version=VERSION, description=fields, glyphs=config, seed=seed
-        ),
-        file_format="array_record",
-    )
-    builder.download_and_prepare()
-    return builder
+    with contextlib.nullcontext() if verbose else _without_notice():
+        return Glyphs(
+            data_dir=str(data_dir),
+            config=GlyphsBuilderConfig(
+                name=name, version=VERSION, description=fields, glyphs=config, seed=seed
+            ),
+            file_format="array_record",
+        )
+
+
+def _move(written: Path, target: Path) -> None:
+    try:
+        written.rename(target)
+    except OSError:
+        # Another process was first; what it wrote is the same.
+        if not target.is_dir():
+            raise
+
+
+@contextlib.contextmanager
+def _without_notice() -> Iterator[None]:
+    # The library warns of every configuration that is not listed in the class.
+    logger = logging.getLogger("absl")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "custom data configuration" not in str(record.msg)
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    tfds.display_progress_bar(False)
+    try:
+        yield
+    finally:
+        tfds.display_progress_bar(True)
 
 
 def source(config: GlyphsConfig, seed: int, split: str, data_dir: str | Path) -> GlyphsSource:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from focus_jax.checkpoint import Checkpoints, load_params
 from focus_jax.compress.method import Method
@@ -85,7 +85,7 @@ class Trained:
 
     workdir: Path
     config: Experiment
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     tree: dict[str, jax.Array]
     step: int
 
@@ -202,7 +202,7 @@ def first_images(source: Source, limit: int) -> Source:
 def answer_all(
     model: VLM,
     cfg: Experiment,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     loader: Loader,
     progress: Progress | None = None,
 ) -> tuple[list[Answer], float]:
@@ -211,7 +211,8 @@ def answer_all(
     generate = Generator(
         put_replicated(model, mesh), cfg.eval.max_new_tokens, int(tokenizer.eos_token_id)
     )
-    answers, times, total = [], [], loader.steps_per_epoch
+    answers: list[Answer] = []
+    times, total = [], loader.steps_per_epoch
     batches = iter(loader)
     for number, batch in enumerate(batches):
         inputs = inputs_of(put_batch(for_device(batch), mesh))
@@ -233,7 +234,7 @@ def answers_of(
     batch: dict[str, np.ndarray],
     loader: Loader,
     tokens: np.ndarray,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> Iterator[Answer]:
     """The scored answers of a batch, padding left out.
 

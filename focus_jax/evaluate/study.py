@@ -1,19 +1,19 @@
 """Trainings and evaluations that are done once: what is finished is read back, not repeated."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
-from focus_jax.checkpoint import Checkpoints
-from focus_jax.compress.method import Method
+from focus_jax.compress.method import Dims, Method
 from focus_jax.compress.plan import plan
 from focus_jax.compress.vision_guided import VisionGuided
-from focus_jax.evaluate.runner import Progress, Result, Trained, evaluate
+from focus_jax.evaluate.runner import InitSamplers, Progress, Result, Trained, evaluate
 from focus_jax.experiment import Experiment, TrainStage
 from focus_jax.models.vlm import dims_of, sizes_of
 from focus_jax.training import Run, learns
 from focus_jax.workdir import write_text
+
+REPORTED = {field.name for field in fields(Result)}
 
 
 def train_once(cfg: Experiment, workdir: str | Path, quiet: bool = False) -> float | None:
@@ -35,19 +35,13 @@ def logged_seconds(workdir: Path) -> float | None:
     return next((seconds for seconds in reversed(found) if seconds), None)
 
 
-def finished_step(workdir: str | Path) -> int | None:
-    """The newest step of a run's checkpoints, None where there is none."""
-    with Checkpoints(Path(workdir) / "checkpoints", keep=1) as checkpoints:
-        return checkpoints.latest()
-
-
 def evaluate_once(
     path: Path,
     run: Trained,
     method: str | None,
     split: str,
     limit: int = 0,
-    init_samplers: Any = "",
+    init_samplers: InitSamplers = "",
     progress: Progress | None = None,
 ) -> Result:
     """The result at `path` when it is this evaluation's; otherwise evaluate and write it there.
@@ -60,7 +54,7 @@ def evaluate_once(
     }  # fmt: skip
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["asked"] == asked:
+        if stored["asked"] == asked and stored["result"].keys() == REPORTED:
             return Result(**stored["result"])
     path.parent.mkdir(parents=True, exist_ok=True)
     result = evaluate(
@@ -96,7 +90,7 @@ def step_flops(cfg: Experiment, stage: TrainStage, method: Method) -> float:
     return tower + 3 * (cost.total - cost.tower) + target_flops(method, dims)
 
 
-def target_flops(method: Method, dims: Any) -> float:
+def target_flops(method: Method, dims: Dims) -> float:
     """The router's target, made in training alone: every scale projected, without a gradient."""
     vision = method.vision
     if not isinstance(vision, VisionGuided) or vision.gate != "distortion":

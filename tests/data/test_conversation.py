@@ -10,6 +10,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from focus_jax.data.conversation import (
+    BARE,
     BRIEF,
     CHATML,
     LLAMA3,
@@ -50,6 +51,7 @@ def test_vicuna_reads_as_published():
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
+        (BARE, "USER: <image>\nq a</s>"),
         (BRIEF, "USER: <image>\nq ASSISTANT: a</s>"),
         (MISTRAL, "[INST] <image>\nq [/INST] a </s>"),
         (PLAIN, "<image>a\n"),

@@ -7,10 +7,9 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from focus_jax.data.glyph_art import COLOURS, GLYPHS, MIN_CELL, SHAPES, bitmap, paint
+from focus_jax.data.glyph_art import COLOURS, DIGITS, GLYPHS, MIN_CELL, SHAPES, bitmap, paint
 from focus_jax.data.glyphs import (
     HOPS,
-    KINDS,
     GlyphsConfig,
     cell_words,
     make_example,
@@ -45,12 +44,12 @@ def describe(config, example):
 def solve(config, example, question):
     """All answers that the scene permits to a question, parsed from its words."""
     scene = describe(config, example)
-    words = question.removesuffix(" ?").split()
+    words = question.split()
     subject = words[-1]
 
     def where(cell):
         half = config.grid // 2
-        return f"{('top', 'bottom')[cell[0] // half]} {('left', 'right')[cell[1] // half]}"
+        return f"{('north', 'south')[cell[0] // half]}{('west', 'east')[cell[1] // half]}"
 
     if "above" in words:
         (row, col) = next(g["shape_at"] for g in scene.values() if g["shape"] == subject)
@@ -86,8 +85,8 @@ def test_questions_are_short_distinct_and_evenly_spread(config):
         texts = [q["question"] for q in questions]
         assert len(set(texts)) == len(texts) == config.questions
         for q in questions:
-            assert len(q["question"].removesuffix(" ?").split()) <= 10
-            assert q["question"] == q["question"].lower() and q["question"].endswith(" ?")
+            assert len(q["question"].split()) <= 10
+            assert q["question"] == q["question"].lower() and "?" not in q["question"]
             assert q["hops"] == HOPS[q["kind"]] <= config.max_hops
             pieces = [w for w in (q["question"] + " " + q["answer"]).split() if not w.isdigit()]
             assert set(pieces) <= known
@@ -110,7 +109,7 @@ def test_version_pins_the_content():
     example = make_example(GlyphsConfig(), 0, 0)
     content = repr(example["questions"]).encode() + example["image"].tobytes()
     digest = hashlib.sha256(content).hexdigest()[:16]
-    assert digest == "e475381d2d2b14e2"
+    assert digest == "d01180121c2f8ccb"
 
 
 def test_splits_share_no_example():
@@ -150,10 +149,60 @@ def test_backgrounds_carry_little_information():
         assert np.ptp(image.reshape(-1, 3), axis=0).max() <= 30
 
 
-def test_answers_cannot_be_guessed_from_the_question():
-    # Chance: 10 digits, 10 shapes, 6 colours, 8 letters, 4 quadrants.
-    config = GlyphsConfig(max_hops=3, letters=True, questions=12, dense=0.3)
-    chance = {"number": 1 / 10, "digit": 1 / 10, "shape": 1 / 10, "colour": 1 / 6}
+def test_grounds_are_as_light_as_asked_and_glyphs_as_steady():
+    empty = np.zeros((16, 16), np.uint8)
+    for light in (0.0, 1.0):
+        grounds = [
+            paint(np.random.default_rng(seed), empty, empty, ("red",), 8, light=light).mean()
+            for seed in range(10)
+        ]
+        assert all((ground > 150) == (light == 1.0) for ground in grounds)
+    config = GlyphsConfig(jitter=0, light=0.0)
+    centred = np.zeros((8, 8), bool)
+    centred[:7, :7] = True  # A bitmap of 7 x 7 leaves one row and one column of its cell free.
+    for index in range(10):
+        example = make_example(config, 0, index)
+        ink = (example["image"].max(axis=-1) > 100).reshape(16, 8, 16, 8).any(axis=(0, 2))
+        assert ink.any() and not (ink & ~centred).any()
+
+
+def test_clutter_fills_its_share_of_the_cells_and_leaves_the_questions():
+    plain = GlyphsConfig(letters=True, jitter=0, light=0.0)
+    config = dataclasses.replace(plain, clutter=0.5)
+    filled = []
+    for index in range(30):
+        before, after = make_example(plain, 0, index), make_example(config, 0, index)
+        assert after["questions"] == before["questions"]
+        scene = before["glyph"] > 0
+        for name in ("glyph", "colour"):
+            np.testing.assert_array_equal(after[name][scene], before[name][scene])
+        np.testing.assert_array_equal(after["glyph"] > 0, after["colour"] > 0)
+        assert after["glyph"].max() <= len(GLYPHS)
+        assert after["colour"].max() <= len(plain.colours)
+        filled.append((after["glyph"] > 0)[~scene])
+        ink = after["image"].max(axis=-1).reshape(16, 8, 16, 8).max(axis=(1, 3)) > 100
+        np.testing.assert_array_equal(ink.reshape(-1), after["glyph"] > 0)
+    assert abs(np.concatenate(filled).mean() - 0.5) < 0.02
+    without = dataclasses.replace(config, letters=False, questions=8)
+    seen = {
+        cell_words(without).glyph[g] for i in range(5) for g in make_example(without, 0, i)["glyph"]
+    }
+    assert seen == {"empty", *DIGITS, *SHAPES}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GlyphsConfig(max_hops=3, letters=True, questions=12, dense=0.3),
+        GlyphsConfig(),
+        GlyphsConfig(digits=2),
+    ],
+    ids=["everything", "default", "two digits"],
+)
+def test_answers_cannot_be_guessed_from_the_question(config):
+    # Chance: numbers, 10 shapes, 6 colours, 8 letters, 4 quadrants.
+    number = 1 / (10 if config.digits == 1 else 90)
+    chance = {"number": number, "digit": number, "shape": 1 / 10, "colour": 1 / 6}
     chance |= {"letter": 1 / 8, "quadrant": 1 / 4}
     learned = defaultdict(Counter)
     for index in range(3000):
@@ -165,7 +214,7 @@ def test_answers_cannot_be_guessed_from_the_question():
             known = learned[q["kind"], q["question"]]
             guess = known.most_common(1)[0][0] if known else None
             hits[q["kind"]].append(guess == q["answer"])
-    assert set(hits) == set(KINDS)
+    assert set(hits) == set(config.permitted_kinds)
     for kind, right in hits.items():
         expected = chance[kind.split("_")[0]]
         noise = 4 * (expected * (1 - expected) / len(right)) ** 0.5
@@ -196,6 +245,9 @@ def test_dense_scenes_cluster():
         ({"digits": 0}, "digits=0"),
         ({"grid": 4}, "quarter of the cells"),
         ({"dense": 1.5}, "dense=1.5"),
+        ({"clutter": -0.1}, "clutter=-0.1"),
+        ({"jitter": 2}, "jitter=2"),
+        ({"light": 2.0}, "light=2.0"),
         ({"max_hops": 4}, "max_hops=4"),
         ({"kinds": ("number_above_shape",)}, "not permitted"),
         ({"kinds": ("letter_of_colour",)}, "letters"),

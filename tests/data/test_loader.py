@@ -134,8 +134,8 @@ def test_cells_are_described_in_words(load, records, tokenizer):
     for b in range(4):
         for cell in range(16):
             glyph, colour = records[b]["glyph"][cell], records[b]["colour"][cell]
-            expected = [words.colour[colour], words.glyph[glyph], f"row{cell // 4}"]
-            expected.append(f"col{cell % 4}")
+            quarter = ("north" if cell < 8 else "south") + ("west" if cell % 4 < 2 else "east")
+            expected = [words.colour[colour], words.glyph[glyph], quarter]
             found = tokenizer.convert_ids_to_tokens(batch["cell_words"][b, cell].tolist())
             assert found == expected
             assert batch["cell_filled"][b, cell] == (glyph > 0) == (found[1] != "empty")
@@ -157,7 +157,8 @@ def test_evaluation_asks_everything_once_in_order(load, records, tokenizer):
         for b, q in np.argwhere(batch["row_valid"]).tolist():
             assert batch["question"][b, q] == q
             text = read(tokenizer, batch["tokens"][b, q], batch["token_valid"][b, q])
-            assert text.endswith("? ASSISTANT:")
+            question = records[batch["index"][b]]["question"][q]
+            assert text == f"{question} ASSISTANT:"
 
 
 def test_flat_evaluation_has_a_question_per_row(load):

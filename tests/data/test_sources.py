@@ -1,13 +1,15 @@
 """Sources of records: files through TensorFlow Datasets, and examples made on demand."""
 
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from focus_jax.data.glyphs import KINDS, GlyphsConfig, make_example, split_seed
 from focus_jax.data.images import decode
-from focus_jax.data.sources import FreshSource, prepare, source
+from focus_jax.data.sources import FreshSource, Glyphs, prepare, source
 
 SMALL = GlyphsConfig(train=12, validation=4, test=5)
 
@@ -46,6 +48,31 @@ def test_preparing_again_writes_nothing(data_dir):
     assert before
     prepare(SMALL, 3, data_dir)
     assert before == {path: path.stat().st_mtime_ns for path in data_dir.rglob("*record*")}
+
+
+def test_two_may_prepare_at_once(tmp_path, monkeypatch):
+    both, write = threading.Barrier(2, timeout=30), Glyphs.download_and_prepare
+
+    def together(builder):
+        both.wait()
+        write(builder)
+        both.wait()  # Neither is done before both have written.
+
+    monkeypatch.setattr(Glyphs, "download_and_prepare", together)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(source, SMALL, 3, "test", tmp_path) for _ in range(2)]
+    for job in jobs:
+        assert_same(job.result()[4], make_example(SMALL, split_seed(3, "test"), 4))
+    assert [path.name for path in tmp_path.iterdir()] == ["glyphs"]
+
+
+def test_writing_is_told_in_one_line(tmp_path, capfd, caplog):
+    prepare(SMALL, 3, tmp_path)
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("writing data set to ") and err.count("\n") == 1
+    prepare(SMALL, 3, tmp_path)
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
 
 
 def test_other_settings_never_read_these_files(data_dir):

@@ -1,0 +1,32 @@
+"""One micro run, trained once, for every test that needs a checkpoint."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+# Read when jax is imported, so they stand here: tests run small programs once or twice, and quick
+# compilation beats quick code.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
+
+PROGRAM = Path(__file__).with_name("micro.py")
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory):
+    """`workdir` of a finished run of `program` with `flags` over it; do not write into it."""
+    from focus_jax.cli.train import main
+
+    root = tmp_path_factory.mktemp("micro")
+    flags = ["--data.directory", str(root / "data")]
+    workdir = root / "micro"
+    code = main(["--config", str(PROGRAM), "--workdir", str(workdir), "--quiet", *flags])
+    assert code == 0
+    return SimpleNamespace(workdir=workdir, program=PROGRAM, flags=flags)
