@@ -1,4 +1,4 @@
-"""Train an experiment: python train.py --config configs/glyphs_focus.py --workdir runs/a [flags]."""
+"""Train: python train.py --config configs/glyphs_focus.py --workdir runs/a [flags]."""
 
 import sys
 

@@ -18,8 +18,17 @@ from focus_jax.experiment import (
     VisionSampler,
 )
 
+# Three colours an image, each with a number and a shape; four kinds of one hop, two of two.
+GLYPHS = GlyphsConfig(
+    groups=3, jitter=0, light=0.0, train=8000, validation=256, test=256,
+    kinds=(
+        "digit_of_colour", "shape_of_colour", "colour_of_number", "colour_of_shape",
+        "number_matching_shape", "shape_matching_number",
+    ),
+)  # fmt: skip
+
 LANGUAGE = TrainStage(
-    "language", "words", steps=400, learning_rate=3e-3, train=("decoder.",),
+    "language", "words", steps=240, learning_rate=3e-3, train=("decoder.",),
     samplers=False, batch=32, questions=8,
 )  # fmt: skip
 VISION = TrainStage(
@@ -29,7 +38,7 @@ VISION = TrainStage(
 
 # 256 patches: 112 slots enter, 16 remain from the middle layer on: 64 in the mean.
 COMPRESS = CompressConfig(
-    vision=VisionSampler(region=4, scales=(4, 2, 1), budget=112),
+    vision=VisionSampler(region=4, scales=(4, 2, 1), budget=112, pooling="avg"),
     text=TextSampler(layer=2, keep=0.14, queries="last"),
 )
 
@@ -39,7 +48,7 @@ def get_config() -> Experiment:
         name="glyphs_base",
         model=tiny(),
         compress=COMPRESS,
-        data=DataConfig(glyphs=GlyphsConfig(groups=3, jitter=0, light=0.0, train=8000)),
+        data=DataConfig(glyphs=GLYPHS, text_length=8),
         train=TrainConfig(stages=(LANGUAGE, VISION)),
-        eval=EvalConfig(),
+        eval=EvalConfig(batch=32, max_new_tokens=2),
     )

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import glyphs_focus
+
 from focus_jax.experiment import Experiment
 
 

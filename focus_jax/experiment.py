@@ -1,5 +1,6 @@
 """One experiment as a value: model, compression, data, training, evaluation; flags; JSON."""
 
+import json
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -156,9 +157,27 @@ def to_json(config: Experiment) -> str:
 def from_json(text: str, where: str = "config") -> Experiment:
     """The experiment that `to_json` wrote; ValueError naming the field that does not fit."""
     try:
-        return TypeAdapter(Experiment).validate_json(text)
+        config = TypeAdapter(Experiment).validate_json(text)
     except ValidationError as error:
         raise ValueError(f"{where} does not describe an experiment: {error}") from error
+    unknown = unknown_field(json.loads(text), json.loads(to_json(config)))
+    if unknown:
+        raise ValueError(f"{where} does not describe an experiment: there is no field {unknown}")
+    return config
+
+
+def unknown_field(given: Any, known: Any, name: str = "") -> str | None:
+    """The first field of nested JSON objects that their counterpart does not have."""
+    if isinstance(given, list) and isinstance(known, list):
+        given, known = dict(enumerate(given)), dict(enumerate(known))
+    if not isinstance(given, dict) or not isinstance(known, dict):
+        return None
+    for key, value in given.items():
+        place = f"{name}.{key}" if name else str(key)
+        found = unknown_field(value, known[key], place) if key in known else place
+        if found:
+            return found
+    return None
 
 
 def load_program(path: str | Path) -> Experiment:

@@ -52,9 +52,7 @@ def decode_step(
     return vlm.decoder.logits(hidden[:, 0]), tuple(grown)
 
 
-def decode(
-    vlm: VLM, start: Prefilled, max_new_tokens: int, eos: int
-) -> Int[Array, "B N"]:
+def decode(vlm: VLM, start: Prefilled, max_new_tokens: int, eos: int) -> Int[Array, "B N"]:
     """Greedy tokens until `eos` in every row or `max_new_tokens`; `eos` fills up behind the end."""
     first = jnp.argmax(start.logits, axis=-1).astype(jnp.int32)
     b = first.shape[0]

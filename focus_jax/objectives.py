@@ -107,4 +107,3 @@ OBJECTIVES: dict[str, Callable[[VLM, Batch, Context], Loss]] = {
     "answers": answers,
     "words": words,
 }
-

@@ -15,7 +15,10 @@ def make_mesh(devices: int = 0) -> Mesh:
     """
     found = jax.devices()
     if not 0 <= devices <= len(found):
-        raise ValueError(f"{devices} devices asked for, {len(found)} found: {found[0].platform}")
+        raise ValueError(
+            f"{devices} devices asked for, {len(found)} found ({found[0].platform}): give a number "
+            "up to that, or 0 for all"
+        )
     chosen = found[: devices or len(found)]
     return jax.make_mesh((len(chosen),), ("data",), (AxisType.Auto,), devices=chosen)
 
@@ -38,7 +41,10 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     local = mesh.local_mesh.devices.size
     rows = len(next(iter(batch.values())))
     if rows % local:
-        raise ValueError(f"a batch of {rows} rows does not divide over {local} devices")
+        raise ValueError(
+            f"a batch of {rows} rows does not divide over {local} devices: choose a multiple, or "
+            "fewer devices (train.devices)"
+        )
     sharding = over_batch(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, array)

@@ -22,7 +22,7 @@ from focus_jax.data.loader import LoaderIterator
 from focus_jax.experiment import Experiment, TrainConfig, TrainStage, to_json
 from focus_jax.models import params as names
 from focus_jax.models.vlm import VLM
-from focus_jax.objectives import OBJECTIVES
+from focus_jax.objectives import OBJECTIVES, WORD_SLOTS
 from focus_jax.sharding import make_mesh, put_batch, put_replicated
 from focus_jax.tracker import Tracker
 from focus_jax.workdir import data_source, make_train_loader, open_workdir
@@ -115,7 +115,7 @@ def make_step(
         )
         updates, moments = optimiser.update(grads, state.optimiser, state.learning)
         learning = optax.apply_updates(state.learning, updates)
-        metrics = {"loss": value, "gradient_norm": optax.global_norm(grads), **metrics}
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(grads), **metrics}
         return State(learning, moments), metrics
 
     return jax.jit(step, donate_argnums=0)
@@ -127,6 +127,12 @@ class Run:
     def __init__(self, cfg: Experiment, workdir: str | Path, quiet: bool = False):
         if not cfg.train.stages:
             raise ValueError(f"experiment {cfg.name!r} has no training stages: set train.stages")
+        told = any(stage.objective == "words" for stage in cfg.train.stages)
+        if told and cfg.data.glyphs.filled > WORD_SLOTS:
+            raise ValueError(
+                f"objective 'words' tells {WORD_SLOTS} cells of an image, and data.glyphs fills "
+                f"{cfg.data.glyphs.filled}: lower its groups or digits"
+            )
         self.cfg, self.quiet = cfg, quiet
         self.method = cfg.compress.value()
         self.mesh: Mesh = make_mesh(cfg.train.devices)

@@ -315,8 +315,9 @@ def allocate(
 
     `loss[..., s]` is what a region loses at scale s, 0 the coarsest; `cost[s]` its tokens,
     ascending. Available regions start at scale 0. A step up is worth the loss it saves per extra
-    token, but never more than the step before it in its region (so a step cannot overtake the one
-    that it stands on). Steps worth more than `min_gain` are taken from the most valuable down
+    token; a later step that is worth more shares its worth with the steps it stands on (the concave
+    envelope of the region's curve), so that a gain which only the finest scale brings is seen from
+    the coarsest. Steps worth more than `min_gain` are taken from the most valuable down
     (ties: lowest region) while the budget lasts; after one that does not fit, only steps cheaper
     than it (as must be those that they stand on) may still fill the room. NaN is worth nothing.
     ValueError: costs not ascending, loss without one entry per cost, a budget below R * cost[0].
@@ -328,9 +329,7 @@ def allocate(
     if scales == 1:
         return jnp.where(available, 0, -1)
     step = np.diff(np.asarray(cost))
-    worth = (loss[..., :-1] - loss[..., 1:]).astype(jnp.float32) / step.astype(np.float32)
-    worth = jnp.where(jnp.isnan(worth), -jnp.inf, worth)
-    worth = lax.cummin(worth, axis=worth.ndim - 1)
+    worth = _envelope(loss.astype(jnp.float32), cost)
     wanted = (worth > min_gain) & available[..., None]
     flat = (*loss.shape[:-2], regions * (scales - 1))
     order = jnp.argsort(-worth.reshape(flat), axis=-1, stable=True)
@@ -340,6 +339,23 @@ def allocate(
     taken = jnp.take_along_axis(taken, jnp.argsort(order, axis=-1), axis=-1)
     choice = taken.reshape(*flat[:-1], regions, scales - 1).sum(-1, dtype=jnp.int32)
     return jnp.where(available, choice, -1)
+
+
+def _envelope(loss: Float[Array, "*B R S"], cost: tuple[int, ...]) -> Float[Array, "*B R S-1"]:
+    """Slopes of the concave envelope of saved loss over cost: falling isotonic regression."""
+
+    def slope(i: int, j: int) -> Array:
+        value = (loss[..., i] - loss[..., j]) / np.float32(cost[j] - cost[i])
+        return jnp.where(jnp.isnan(value), -jnp.inf, value)
+
+    last = len(cost) - 1
+    worth = []
+    for s in range(last):
+        best = [
+            jnp.stack([slope(i, j) for j in range(s + 1, last + 1)]).max(0) for i in range(s + 1)
+        ]
+        worth.append(jnp.stack(best).min(0))
+    return jnp.stack(worth, axis=-1)
 
 
 def _fill_room(

@@ -217,8 +217,9 @@ class VisionGuided(VisionStage):
         spread = masked_mean(
             (target - masked_mean(target, available[..., None])) ** 2, available[..., None]
         )
-        metrics = {"vision/router_unexplained": error / jnp.maximum(spread, 1e-9)}
-        return choice, None, Aux({"router": self.router_weight * error}, metrics, {})
+        unexplained = error / jnp.maximum(jax.lax.stop_gradient(spread), 1e-9)
+        losses = {"router": self.router_weight * unexplained}
+        return choice, None, Aux(losses, {"vision/router_unexplained": unexplained}, {})
 
     def route_by_gate(self, regions, module, ctx, available):
         logits = module(regions)

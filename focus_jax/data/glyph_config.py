@@ -69,6 +69,11 @@ class GlyphsConfig:
         return self.grid * self.cell
 
     @property
+    def filled(self) -> int:
+        """Cells of an image that hold a glyph, clutter apart."""
+        return self.groups * (self.digits + 1 + self.letters)
+
+    @property
     def permitted_kinds(self) -> tuple[str, ...]:
         """Kinds that the scene can answer, in the order of `KINDS`."""
         return tuple(
@@ -111,12 +116,11 @@ class GlyphsConfig:
             1 <= self.groups <= most,
             f"groups={self.groups}: {len(self.colours)} colours permit 1 to {most}",
         )
-        used = self.groups * (self.digits + 1 + self.letters)
         room = self.grid * self.grid // 4
         _require(
-            used <= room,
-            f"{used} glyphs on a grid of {self.grid}: at most {room} (a quarter of the cells);"
-            " enlarge grid, or lower groups or digits",
+            self.filled <= room,
+            f"{self.filled} glyphs on a grid of {self.grid}: at most {room} (a quarter of the"
+            " cells); enlarge grid, or lower groups or digits",
         )
 
     def _check_kinds(self) -> None:

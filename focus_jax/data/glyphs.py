@@ -88,9 +88,7 @@ def cell_words(config: GlyphsConfig) -> CellWords:
 
 def vocabulary(config: GlyphsConfig) -> tuple[str, ...]:
     """All words that questions, answers and cells can hold, in a fixed order."""
-    plain = (
-        "what number is shape colour the where matches matching above letter"
-    )
+    plain = "what number is shape colour the where matches matching above letter"
     return tuple(dict.fromkeys([*plain.split(), *(w for ws in cell_words(config) for w in ws)]))
 
 

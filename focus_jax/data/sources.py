@@ -182,9 +182,12 @@ def prepare(
 
 
 def _builder(config: GlyphsConfig, seed: int, data_dir: str | Path, verbose: bool) -> Glyphs:
-    # The name holds a digest of all fields: another configuration never finds these files.
+    # The name holds a digest of all fields and of one example: neither another configuration nor a
+    # generator that was changed without a new VERSION ever finds these files.
     fields = json.dumps({"seed": seed, **asdict(config)}, sort_keys=True)
-    name = f"s{seed}_{hashlib.sha256(fields.encode()).hexdigest()[:12]}"
+    example = make_example(config, seed, 0)
+    digest = hashlib.sha256(f"{fields}{example['questions']}".encode() + example["image"].tobytes())
+    name = f"s{seed}_{digest.hexdigest()[:12]}"
     with contextlib.nullcontext() if verbose else _without_notice():
         return Glyphs(
             data_dir=str(data_dir),

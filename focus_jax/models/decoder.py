@@ -70,6 +70,18 @@ def dtypes(model: ModelConfig) -> dict[str, Any]:
     return {"dtype": jnp.dtype(model.compute_dtype), "param_dtype": jnp.dtype(model.param_dtype)}
 
 
+def orthogonalised(kernel: Float[Array, "D W"]) -> Float[Array, "D W"]:
+    """The nearest matrix with orthonormal rows or columns, by Newton-Schulz iteration.
+
+    Products alone: a QR inside a vmapped, compiled initialisation can hang on CPUs.
+    """
+    x = kernel.astype(jnp.float32)
+    x = x / jnp.linalg.norm(x)
+    # A singular value grows by up to 1.5 a step: the smallest of a random matrix needs about 30.
+    step = lambda _, x: 1.5 * x - 0.5 * x @ (x.T @ x)  # noqa: E731
+    return jax.lax.fori_loop(0, 40, step, x).astype(kernel.dtype)
+
+
 class DecoderLayer(nnx.Module):
     """Pre-norm block: rotary grouped-query attention, then SwiGLU."""
 
@@ -96,14 +108,12 @@ class DecoderLayer(nnx.Module):
         self.down = linear(cfg.mlp_width, cfg.width, std=INTO_RESIDUAL)
 
         if cfg.init == "mimetic":
-            self.imitate(rngs)
+            self.imitate()
 
-    def imitate(self, rngs: nnx.Rngs) -> None:
+    def imitate(self) -> None:
         """Tie fresh weights: keys to queries, output to values, feed-forward silent."""
-        orthogonal = nnx.initializers.orthogonal()
         for linear in (self.q, self.v):
-            kernel = linear.kernel[...]
-            linear.kernel[...] = orthogonal(rngs.params(), kernel.shape, kernel.dtype)
+            linear.kernel[...] = orthogonalised(linear.kernel[...])
         self.k.kernel[...] = self.q.kernel[...]
         self.out.kernel[...] = self.v.kernel[...].T
         self.down.kernel[...] = jnp.zeros_like(self.down.kernel[...])

@@ -310,10 +310,19 @@ def slow_allocate(loss, cost, budget, available, min_gain):
     steps = np.diff(cost)
     upgrades = []
     for r in np.flatnonzero(available):
-        worth = math.inf
-        for s, extra in enumerate(steps):
-            worth = min(worth, float((loss[r, s] - loss[r, s + 1]) / np.float32(extra)))
-            upgrades.append((-worth, int(r), s))
+        blocks = []  # (first scale, last scale, slope), pooled while a later slope is higher
+        for s in range(len(steps)):
+            first, last = s, s + 1
+            while True:
+                slope = float(
+                    (loss[r, first] - loss[r, last]) / np.float32(cost[last] - cost[first])
+                )
+                if not blocks or blocks[-1][2] > slope:
+                    break
+                first = blocks.pop()[0]
+            blocks.append((first, last, slope))
+        for first, last, slope in blocks:
+            upgrades += [(-slope, int(r), s) for s in range(first, last)]
     choice = np.where(available, 0, -1)
     room, limit = budget - cost[0] * int(available.sum()), math.inf
     for worth, r, s in sorted(upgrades):

@@ -121,7 +121,7 @@ def test_shapes_and_types_are_static(load):
                 "index": ("int64", b),
                 "question": ("int32", b, q),
                 "kind": ("int32", b, q),
-                "cell_words": ("int32", b, 16, 4),
+                "cell_words": ("int32", b, 16, 3),
                 "cell_filled": ("bool", b, 16),
                 "glyph": ("int32", b, 16),
                 "colour": ("int32", b, 16),

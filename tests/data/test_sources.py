@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from focus_jax.data import sources
 from focus_jax.data.glyphs import KINDS, GlyphsConfig, make_example, split_seed
 from focus_jax.data.images import decode
 from focus_jax.data.sources import FreshSource, Glyphs, prepare, source
@@ -85,6 +86,19 @@ def test_other_settings_never_read_these_files(data_dir):
         ]
     }
     assert len(names) == 3
+
+
+def test_a_changed_generator_never_reads_these_files(data_dir, monkeypatch):
+    before = prepare(SMALL, 3, data_dir).data_path
+
+    def changed(config, seed, index):
+        example = make_example(config, seed, index)
+        example["questions"][0]["question"] += " please"
+        return example
+
+    monkeypatch.setattr(sources, "make_example", changed)
+    assert prepare(SMALL, 3, data_dir).data_path != before
+    assert source(SMALL, 3, "test", data_dir)[0]["question"][0].endswith("please")
 
 
 def test_fresh_source_has_the_same_form(data_dir):

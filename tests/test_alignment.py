@@ -1,0 +1,102 @@
+"""The projector in closed form, against least squares in NumPy."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from focus_jax.alignment import fit_projector
+from focus_jax.compress.baselines import full
+from focus_jax.models.params import initialise, named_leaves, with_leaves
+from tests.micro import MODEL
+
+RIDGE = 1e-3
+CELLS = 16
+
+
+@pytest.fixture(scope="module")
+def batches():
+    rng = np.random.default_rng(0)
+    filled = rng.random((5, 3, CELLS)) < 0.3
+    return [
+        {
+            "pixels": rng.integers(0, 256, (3, 1, 32, 32, 3), dtype=np.uint8),
+            "cell_words": rng.integers(0, 64, (3, CELLS, 3), dtype=np.int32),
+            "cell_filled": cells,
+        }
+        for cells in filled
+    ]
+
+
+@pytest.fixture(scope="module", params=["linear", "mlp2x_gelu"])
+def model(request):
+    vision = replace(MODEL.vision, feature_layer=-1)
+    return initialise(replace(MODEL, vision=vision, projector=request.param), full(), seed=0)
+
+
+def rows(model, batches):
+    """Inputs of the last layer, targets and weights of all cells: [rows F+1], [rows D], [rows]."""
+    leaves = {name: np.asarray(leaf, np.float64) for name, leaf in named_leaves(model).items()}
+    inputs, targets, weights = [], [], []
+    for batch in batches:
+        x = np.asarray(model.vision(batch["pixels"][:, 0])["features"], np.float64)
+        if "projector.linear_2.kernel" in leaves:
+            x = x @ leaves["projector.linear_1.kernel"] + leaves["projector.linear_1.bias"]
+            x = x * 0.5 * (1 + erf(x / np.sqrt(2)))
+        filled = batch["cell_filled"].reshape(-1)
+        inputs.append(np.concatenate([x.reshape(filled.size, -1), np.ones((filled.size, 1))], 1))
+        words = leaves["decoder.embed.embedding"][batch["cell_words"]]
+        targets.append(words.sum(-2).reshape(filled.size, -1))
+        # Filled and empty cells of a batch weigh the same in total, and all batches the same.
+        weights.append(np.where(filled, 0.5 / filled.sum(), 0.5 / (~filled).sum()) / len(batches))
+    return np.concatenate(inputs), np.concatenate(targets), np.concatenate(weights)
+
+
+def test_the_fit_is_weighted_ridge_regression(model, batches):
+    x, y, weight = rows(model, batches)
+    root = np.sqrt(weight)[:, None]
+    # Ridge regression is least squares with rows of the penalty below.
+    penalty = RIDGE * (weight[:, None] * x**2).sum() / x.shape[1]
+    below = np.sqrt(penalty) * np.eye(x.shape[1])
+    stacked = np.concatenate([root * x, below])
+    best = np.linalg.lstsq(stacked, np.concatenate([root * y, 0 * y[: x.shape[1]]]), rcond=None)[0]
+    leaves, unexplained = fit_projector(model, iter(batches), len(batches), ridge=RIDGE)
+    kernel, bias = (leaves[name] for name in sorted(leaves, reverse=True))
+    np.testing.assert_allclose(x[:, :-1] @ kernel + bias, x @ best, atol=2e-3 * np.abs(y).max())
+    left = (weight[:, None] * (y - x @ best) ** 2).sum()
+    spread = (weight[:, None] * (y - weight @ y) ** 2).sum()
+    assert unexplained == pytest.approx(left / spread, rel=1e-2)
+
+
+def test_the_fit_is_the_last_layer_and_of_use(model, batches):
+    leaves, _ = fit_projector(model, batches, len(batches), ridge=RIDGE)
+    last = max(name.split(".")[1] for name in named_leaves(model) if "projector" in name)
+    assert set(leaves) == {f"projector.{last}.kernel", f"projector.{last}.bias"}
+    old = named_leaves(model)
+    assert all(leaves[name].shape == old[name].shape for name in leaves)
+    assert all(leaves[name].dtype == old[name].dtype for name in leaves)
+    fitted = with_leaves(model, {**old, **leaves})
+
+    def gap(vlm):
+        _, y, weight = rows(vlm, batches)
+        made = np.concatenate(
+            [vlm.projector(vlm.vision(b["pixels"][:, 0])["features"]) for b in batches]
+        )
+        return (weight[:, None] * (made.reshape(y.shape) - y) ** 2).sum()
+
+    assert gap(fitted) < 0.9 * gap(model)
+
+
+def test_no_more_batches_are_read_than_asked_for(model, batches):
+    endless = iter(batches)
+    fit_projector(model, endless, 2)
+    assert len(list(endless)) == len(batches) - 2
+
+
+def test_cells_that_are_all_filled_do_no_harm(model, batches):
+    cells = [{**b, "cell_filled": np.ones_like(b["cell_filled"])} for b in batches]
+    leaves, unexplained = fit_projector(model, cells, len(cells), ridge=RIDGE)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(leaves))
+    assert 0 <= unexplained <= 1.01

@@ -1,0 +1,92 @@
+"""Losses against sums in NumPy, and how scenes are told in words."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from focus_jax import objectives
+from focus_jax.compress.method import Context
+from focus_jax.objectives import WORD_SLOTS, Loss, answer_loss, words
+
+RNG = np.random.default_rng(0)
+
+
+def test_answer_loss_is_the_mean_over_supervised_tokens():
+    logits = RNG.normal(size=(3, 5, 7)).astype(np.float32)
+    tokens = RNG.integers(0, 7, (3, 5))
+    label = np.zeros((3, 5), bool)
+    label[0, 2:4] = label[1, 4] = True
+    # The first row is right in both of its tokens; the second is wrong; the third asks nothing.
+    for place in (2, 3):
+        logits[0, place - 1, tokens[0, place]] = 9
+    logits[1, 3, tokens[1, 4]] = -9
+    model = SimpleNamespace(decoder=SimpleNamespace(logits=lambda hidden: hidden))
+    loss = answer_loss(model, jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(label))
+    expected = []
+    for row, place in ((0, 2), (0, 3), (1, 4)):
+        z = logits[row, place - 1].astype(np.float64)
+        expected.append(np.log(np.exp(z).sum()) - z[tokens[row, place]])
+    assert float(loss.value) == pytest.approx(np.mean(expected), rel=1e-5)
+    assert float(loss.metrics["accuracy"]) == 0.5
+
+
+def test_nothing_to_learn_costs_nothing():
+    model = SimpleNamespace(decoder=SimpleNamespace(logits=lambda hidden: hidden))
+    none = jnp.zeros((2, 4), bool)
+    loss = answer_loss(model, jnp.ones((2, 4, 5)), jnp.zeros((2, 4), int), none)
+    assert float(loss.value) == 0 and float(loss.metrics["accuracy"]) == 0
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """(visual tokens, places, cell_words, cell_filled, embeddings) of scenes told in words."""
+    table = RNG.normal(size=(50, 6)).astype(np.float32)
+    seen = {}
+
+    def caught(vlm, batch, ctx, visual, places):
+        seen.update(visual=visual, places=np.asarray(places))
+        return Loss(jnp.zeros(()), {})
+
+    monkeypatch.setattr(objectives, "answer", caught)
+    model = SimpleNamespace(decoder=SimpleNamespace(embed=lambda ids: jnp.asarray(table)[ids]))
+    # No two cells have the same words, so a token tells which cell it is.
+    cell_words = np.stack([RNG.permutation(50)[:36] for _ in range(64)])[..., None]
+    filled = np.zeros((64, 36), bool)
+    for row, count in enumerate(RNG.integers(0, WORD_SLOTS + 1, 64)):
+        filled[row, RNG.permutation(36)[:count]] = True
+    batch = {"cell_words": jnp.asarray(cell_words), "cell_filled": jnp.asarray(filled)}
+    words(model, batch, Context(jax.random.key(3), train=True))
+    valid = np.asarray(seen["visual"].valid)
+    features = np.asarray(seen["visual"].features)
+    vectors = table[cell_words].sum(-2)
+    cells = [
+        [int(np.flatnonzero((vectors[b] == f).all(-1))[0]) for f in features[b][valid[b]]]
+        for b in range(64)
+    ]
+    return SimpleNamespace(cells=cells, places=seen["places"], valid=valid, filled=filled)
+
+
+def test_all_filled_cells_are_told_in_raster_order(told):
+    extra = []
+    for b, cells in enumerate(told.cells):
+        assert cells == sorted(set(cells))
+        assert set(np.flatnonzero(told.filled[b])) <= set(cells)
+        extra.append(len(cells) - told.filled[b].sum())
+        assert len(cells) <= WORD_SLOTS
+        np.testing.assert_array_equal(told.valid[b], np.arange(WORD_SLOTS) < len(cells))
+    assert min(extra) == 0 and max(extra) > 5
+
+
+def test_places_lie_between_closed_up_and_the_raster(told):
+    closed = spread = 0
+    for b, cells in enumerate(told.cells):
+        places = told.places[b][: len(cells)]
+        assert (np.diff(places) > 0).all()
+        assert (places >= np.arange(len(cells))).all() and (places <= np.array(cells)).all()
+        if len(cells) and cells[-1] > len(cells):
+            share = (places[-1] - len(cells) + 1) / (cells[-1] - len(cells) + 1)
+            closed, spread = closed + (share < 0.3), spread + (share > 0.7)
+    assert closed > 3 and spread > 3
