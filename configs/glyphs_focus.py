@@ -8,7 +8,7 @@ from focus_jax.experiment import Experiment, TrainConfig, TrainStage
 
 JOINT = TrainStage(
     "joint", "answers", steps=200, learning_rate=6e-4,
-    train=("decoder.", "projector.", "samplers."), scale=(("samplers.", 10.0),), batch=16, questions=4,
+    train=("decoder.", "projector.", "samplers."), batch=16, questions=4,
 )  # fmt: skip
 
 

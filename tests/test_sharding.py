@@ -20,15 +20,16 @@ ROOT = Path(__file__).parents[1]
 def python(code, *arguments, devices=4):
     """Run a program in a process of its own that sees `devices` CPU devices."""
     flags = [os.environ["XLA_FLAGS"], f"--xla_force_host_platform_device_count={devices}"]
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
         env={**os.environ, "XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
-        check=True,
         capture_output=True,
         text=True,
         timeout=600,
-    ).stdout
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_one_device():

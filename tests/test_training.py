@@ -238,11 +238,14 @@ def test_a_killed_program_goes_on_bit_equal(tmp_path):
 # ---------------------------------------------------------------- one step
 
 
-def single_token_answers(config):
-    """Every row has equally many supervised tokens, so a mean of means is the mean."""
-    kinds = ("shape_of_colour", "colour_of_shape")
+def additive(config):
+    """A loss that is a mean over images: answers of one token, no loss scaled by its batch."""
+    glyphs = replace(config.data.glyphs, kinds=("shape_of_colour", "colour_of_shape"))
+    vision = replace(config.compress.vision, gate="measured")
     return replace(
-        config, data=replace(config.data, glyphs=replace(config.data.glyphs, kinds=kinds))
+        config,
+        data=replace(config.data, glyphs=glyphs),
+        compress=replace(config.compress, vision=vision),
     )
 
 
@@ -251,7 +254,7 @@ def test_two_batches_accumulated_are_one_of_both(experiment, tmp_path):
     found = []
     for place, (batch, accumulate) in enumerate(((4, 1), (2, 2))):
         asked = replace(stage, batch=batch, accumulate=accumulate)
-        run = Run(single_token_answers(experiment(asked)), tmp_path / str(place), quiet=True)
+        run = Run(additive(experiment(asked)), tmp_path / str(place), quiet=True)
         found.append((run.train(), metrics(run.workdir)))
     (one, lines), (two, others) = found
     assert [row["step"] for row in others] == [1, 2, 3]
