@@ -1,3 +1,1 @@
 """focus_jax: FocusLLaVA in JAX/Flax, and visual-token compression as a value."""
-
-__version__ = "0.1.0"
