@@ -21,7 +21,7 @@ from focus_jax.compress.method import Context, Method
 from focus_jax.data.loader import LoaderIterator
 from focus_jax.experiment import Experiment, TrainConfig, TrainStage, to_json
 from focus_jax.models import params as names
-from focus_jax.models.vlm import VLM
+from focus_jax.models.vlm import VLM, dims_of
 from focus_jax.objectives import OBJECTIVES, WORD_SLOTS
 from focus_jax.sharding import make_mesh, put_batch, put_replicated
 from focus_jax.tracker import Tracker
@@ -134,7 +134,8 @@ class Run:
                 f"{cfg.data.glyphs.filled}: lower its groups or digits"
             )
         self.cfg, self.quiet = cfg, quiet
-        self.method = cfg.compress.value()
+        # Before anything is written: a method that does not fit leaves no workdir behind.
+        self.method = cfg.compress.value().check(dims_of(cfg.model, cfg.model.max_tiles))
         self.mesh: Mesh = make_mesh(cfg.train.devices)
         self.workdir, self.tokenizer, self.cfg = open_workdir(cfg, workdir)
         self.source = data_source(self.cfg, "train")
