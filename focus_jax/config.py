@@ -5,6 +5,9 @@ from typing import Literal
 
 DTypeName = Literal["float32", "bfloat16"]
 
+# LLaVA-NeXT's: up to four tiles, as rows and columns.
+NEXT_GRIDS = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -115,14 +118,16 @@ class DecoderConfig:
 class ModelConfig:
     """A vision-language model.
 
-    `max_tiles` counts the thumbnail; 1 means one view an image. `image_newline` closes rows of
-    the stitched grid (LLaVA-NeXT). `remat` names what the decoder's backward pass recomputes.
+    `max_tiles` counts the thumbnail; 1 means one view an image. `grids`: the (rows, cols) in which
+    an image's tiles may lie. `image_newline` closes rows of the stitched grid (LLaVA-NeXT).
+    `remat` names what the decoder's backward pass recomputes.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
     max_tiles: int = 1
+    grids: tuple[tuple[int, int], ...] = NEXT_GRIDS
     image_newline: bool = False
     param_dtype: DTypeName = "float32"
     compute_dtype: DTypeName = "float32"

@@ -119,7 +119,7 @@ class Pool(VisionStage):
                 f"pool: size={self.size} does not fit a tile of {dims.rows}x{dims.cols} patches: "
                 f"use 1..{min(dims.rows, dims.cols)}"
             )
-        if dims.newlines(1) and (dims.rows % self.size or dims.cols % self.size):
+        if dims.fitting() and (dims.rows % self.size or dims.cols % self.size):
             raise ValueError(
                 f"pool: size={self.size} does not divide a tile of {dims.rows}x{dims.cols} "
                 "patches, and rows of a stitched image end in newlines: choose a divisor"

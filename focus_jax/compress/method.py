@@ -17,14 +17,14 @@ from focus_jax.compress.select import Selection, take, take_values
 class Dims:
     """The sizes a method needs of the model it is applied to.
 
-    `rows`, `cols`: patches of one tile. `tiles` counts the thumbnail. `tile_rows`: the most rows
-    of tiles that a stitched image of this bucket can have. `layers`: of the decoder.
+    `rows`, `cols`: patches of one tile. `tiles` counts the thumbnail. `grids`: the (rows, cols) in
+    which a stitched image's tiles may lie. `layers`: of the decoder.
     """
 
     rows: int
     cols: int
     tiles: int
-    tile_rows: int
+    grids: tuple[tuple[int, int], ...]
     vision_width: int
     width: int
     layers: int
@@ -34,9 +34,35 @@ class Dims:
     def patches(self) -> int:
         return self.rows * self.cols
 
+    def fitting(self) -> tuple[tuple[int, int], ...]:
+        """The grids that this many tiles can hold; () for a single view or without newlines."""
+        if not self.newline or self.tiles == 1:
+            return ()
+        grids = tuple(g for g in self.grids if g[0] * g[1] < self.tiles)
+        if not grids:
+            raise ValueError(
+                f"no grid of tiles among {self.grids} fits {self.tiles} tiles with the thumbnail"
+            )
+        return grids
+
     def newlines(self, band: int) -> int:
-        """Newline slots when a row of the stitched grid is `band` patches high."""
-        return self.tile_rows * (self.rows // band) if self.newline and self.tiles > 1 else 0
+        """The most newlines when a row of the stitched grid is `band` patches high.
+
+        A single view has one, at its end.
+        """
+        lines = max((rows for rows, _ in self.fitting()), default=0) * (self.rows // band)
+        return lines or int(self.newline)
+
+    def stitched(self, tile_slots: tuple[int, ...], band: int) -> int:
+        """Slots for the tokens of all tiles and their newlines: what the largest grid needs.
+
+        A grid of fewer tiles may have more rows; its newlines then stand in free slots.
+        """
+        needs = (
+            sum(tile_slots[: 1 + rows * cols]) + rows * (self.rows // band)
+            for rows, cols in self.fitting()
+        )
+        return max(needs, default=sum(tile_slots) + int(self.newline))
 
 
 class Context(NamedTuple):
@@ -51,11 +77,13 @@ class Views(NamedTuple):
     """The tower's tokens of B images of M tiles, before the projector.
 
     `origin` is the (row, col) of a tile's first patch in the stitched grid; tile 0 is the
-    thumbnail where M > 1. `named` holds the arrays that the stage asked for, each [B M ...].
+    thumbnail where M > 1. `row_valid`: rows of a tile that belong to the unpadded grid, even where
+    none of their patches does. `named` holds the arrays that the stage asked for, each [B M ...].
     """
 
     features: Float[Array, "B M N C"]
     patch_valid: Bool[Array, "B M N"]
+    row_valid: Bool[Array, "B M R"]
     origin: Int[Array, "B M 2"]
     named: dict[str, Array]
 
@@ -99,8 +127,8 @@ class LayerView(NamedTuple):
     """The arrays of the decoder layer at whose entry a cut stands; questions share the image.
 
     Queries and keys are rotated, after the layer's own norm. `instruction` marks the user's own
-    words, `last` the last token of the prompt. `entered` counts the valid visual tokens that
-    entered the decoder.
+    words, `last` the last token of the prompt. `after`: how many of the question's tokens stand
+    before a visual token. `entered` counts the valid visual tokens that entered the decoder.
     """
 
     q: Float[Array, "B Q T H K"]
@@ -111,6 +139,7 @@ class LayerView(NamedTuple):
     token_valid: Bool[Array, "B Q T"]
     prefix_valid: Bool[Array, "B P"]
     visual_valid: Bool[Array, "B V"]
+    after: Int[Array, "B V"]
     instruction: Bool[Array, "B Q T"]
     last: Bool[Array, "B Q T"]
     entered: Int[Array, " B"]
@@ -157,7 +186,7 @@ class VisionStage:
 
     def slots(self, dims: Dims) -> int:
         """V: slots that enter the decoder, newlines included."""
-        return sum(self.tile_slots(dims)) + dims.newlines(self.band(dims))
+        return dims.stitched(self.tile_slots(dims), self.band(dims))
 
 
 @dataclass(frozen=True)
@@ -267,13 +296,15 @@ def patch_centres(rows: int, cols: int) -> np.ndarray:
 def stitch(groups: list[TileTokens], views: Views, dims: Dims, band: int) -> VisualTokens:
     """Lay the tiles' tokens out in reading order: thumbnail, then the stitched grid by bands.
 
-    Each band with a valid patch is closed by a newline slot. A group covers consecutive tiles;
+    Each band with a valid row is closed by a newline slot. A group covers consecutive tiles;
     together they cover all. Padding ends up behind.
     """
     flat, first = [], 0
+    tile_slots: tuple[int, ...] = ()
     for group in groups:
         flat.append(place(group, views, dims, band, first))
         first += group.features.shape[1]
+        tile_slots += (group.features.shape[2],) * group.features.shape[1]
     parts = [jnp.concatenate(column, axis=1) for column in zip(*flat, strict=True)]
     features, valid, centre, side, view, key = parts
     newline = jnp.zeros(valid.shape, bool)
@@ -286,6 +317,7 @@ def stitch(groups: list[TileTokens], views: Views, dims: Dims, band: int) -> Vis
         valid = jnp.concatenate([valid, extra], axis=1)
         key = jnp.concatenate([key, extra_key], axis=1)
     order = jnp.argsort(jnp.where(valid, key, jnp.iinfo(jnp.int32).max), axis=1, stable=True)
+    order = order[:, : dims.stitched(tile_slots, band)]
     return gather_tokens(
         VisualTokens(features, valid, centre, side, view, newline), Selection(order, order >= 0)
     )
@@ -308,11 +340,12 @@ KEY_BAND = 1 << 12  # more than the columns of any stitched grid
 
 
 def newlines(views: Views, dims: Dims, band: int, count: int) -> tuple[Array, Array]:
-    """Which bands of the stitched grid hold a valid patch [B count], and their sort keys."""
-    rows = views.origin[:, 1:, 0][..., None] + jnp.asarray(
-        np.repeat(np.arange(dims.rows), dims.cols)
-    )
-    bands = jnp.where(views.patch_valid[:, 1:], rows // band, -1)
+    """Which bands of the stitched grid hold a valid row [B count], and their sort keys."""
+    if dims.tiles == 1:
+        present = views.row_valid.any(axis=(1, 2))[:, None]
+        return present, jnp.full(present.shape, dims.rows * KEY_BAND, jnp.int32)
+    rows = views.origin[:, 1:, 0][..., None] + jnp.arange(dims.rows)
+    bands = jnp.where(views.row_valid[:, 1:], rows // band, -1)
     index = jnp.arange(count)
     present = (bands[..., None] == index).any(axis=(1, 2))
     return present, jnp.broadcast_to(index * KEY_BAND + KEY_BAND - 1, present.shape)

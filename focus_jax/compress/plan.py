@@ -191,7 +191,7 @@ def plan(
         text_tokens=questions * text_tokens + prefix_tokens,
         entering=slots[0],
         entering_valid=valid[0],
-        full=dims.patches * dims.tiles + dims.newlines(1),
+        full=dims.stitched((dims.patches,) * dims.tiles, band=1),
         slots=slots,
         valid=valid,
         flops=flops,

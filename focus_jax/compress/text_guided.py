@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from focus_jax.compress.method import Aux, Context, Cut, Dims, LayerView, block_key
 from focus_jax.compress.select import (
@@ -100,21 +100,22 @@ def attention_score(
 ) -> Float[Array, "B Q V"]:
     """Attention probability that each visual token gets from a question's asking rows, fp32.
 
-    Only text rows x columns are computed, never the full map. All visual tokens stand before the
-    question. Rows that do not ask, and samples without any, give 0.
+    Only text rows x columns are computed, never the full map. Rows that do not ask, and samples
+    without any, give 0.
     """
     rows = layer.last if queries == "last" else layer.instruction
-    q = layer.q
+    q, at = layer.q, jnp.broadcast_to(jnp.arange(rows.shape[-1]), rows.shape)
     if queries == "last":  # one row a question
-        at = jnp.argmax(rows, axis=-1)[..., None, None, None]
-        q, rows = jnp.take_along_axis(q, at, axis=2), rows.any(-1, keepdims=True)
+        at = jnp.argmax(rows, axis=-1)[..., None]
+        q, rows = jnp.take_along_axis(q, at[..., None, None], axis=2), rows.any(-1, keepdims=True)
     b, qs, t, h, d = q.shape
     q = q.reshape(b, qs, t, layer.k_visual.shape[2], -1, d).astype(jnp.float32) * d**-0.5
     visual = jnp.einsum("bqtgrd,bvgd->bqtgrv", q, layer.k_visual.astype(jnp.float32))
-    seen = layer.visual_valid[:, None, None, None, None]
-    visual = jnp.where(seen, visual, -jnp.inf)
+    before = layer.after[:, None, None] <= at[..., None]  # the row stands behind the image
+    seen = layer.visual_valid[:, None, None] & before
+    visual = jnp.where(seen[:, :, :, None, None], visual, -jnp.inf)
     top = visual.max(-1, keepdims=True)
-    others = other_logits(layer, q, queries) if normalise == "all" else None
+    others = other_logits(layer, q, at) if normalise == "all" else None
     if others is not None:
         top = jnp.maximum(top, others.max(-1, keepdims=True))
     top = jnp.where(jnp.isfinite(top), top, 0.0)
@@ -128,18 +129,12 @@ def attention_score(
     return jnp.einsum("bqtv,bqt->bqv", weights, share.astype(jnp.float32))
 
 
-def other_logits(layer: LayerView, q: Array, queries: str) -> Array:
-    """Logits of the asking rows on prefix and question columns, -inf where not visible."""
-    t = layer.k.shape[2]
+def other_logits(layer: LayerView, q: Array, at: Int[Array, "B Q R"]) -> Array:
+    """Logits of the rows `at` on prefix and question columns, -inf where not visible."""
     prefix = jnp.einsum("bqtgrd,bpgd->bqtgrp", q, layer.k_prefix.astype(jnp.float32))
     prefix = jnp.where(layer.prefix_valid[:, None, None, None, None], prefix, -jnp.inf)
     own = jnp.einsum("bqtgrd,bqjgd->bqtgrj", q, layer.k.astype(jnp.float32))
-    column = jnp.arange(t)
-    if queries == "last":
-        row = jnp.argmax(layer.last, axis=-1)[..., None]
-    else:
-        row = jnp.broadcast_to(column, layer.token_valid.shape)
-    causal = column <= row[..., None]
+    causal = jnp.arange(layer.k.shape[2]) <= at[..., None]
     causal = causal & layer.token_valid[:, :, None]
     own = jnp.where(causal[:, :, :, None, None], own, -jnp.inf)
     return jnp.concatenate([prefix, own], axis=-1)

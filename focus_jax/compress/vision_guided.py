@@ -273,7 +273,7 @@ class VisionGuided(VisionStage):
 
 def views_of(views: Views, tiles: slice) -> Views:
     """Some of the tiles, without what the stage asked for by name."""
-    return Views(views.features[:, tiles], views.patch_valid[:, tiles], views.origin[:, tiles], {})
+    return jax.tree.map(lambda a: a[:, tiles], views._replace(named={}))
 
 
 def masked_mean(x: Array, mask: Array, axes: tuple[int, ...] | None = None) -> Array:

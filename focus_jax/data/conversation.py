@@ -3,6 +3,7 @@
 Masks come from character offsets of the one rendered text, so tokens and masks cannot drift apart.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -171,6 +172,81 @@ def encode(
         label_mask=_touches(offsets, rendered.answer_spans),
         query_mask=_touches(offsets, rendered.instruction_spans[-1:]),
     )
+
+
+class Prompt(NamedTuple):
+    """A prompt as token ids without its image markers.
+
+    `asks` marks the user's own words, `image_at` how many ids stand before each image, rising.
+    """
+
+    ids: Int32[np.ndarray, " T"]
+    asks: Bool[np.ndarray, " T"]
+    image_at: tuple[int, ...] = ()
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    instruction_spans: Sequence[Span] = (),
+    add_bos: bool = True,
+) -> Prompt:
+    """Tokenise a prompt in which every "<image>" stands where its image goes.
+
+    A tokenizer that has the marker among its tokens sees the text whole, as Hugging Face's
+    processors do; for others the pieces between the markers are tokenised apart, as the original
+    code does.
+    """
+    marker = tokenizer.convert_tokens_to_ids(IMAGE)
+    known = isinstance(marker, int) and marker != tokenizer.unk_token_id
+    start, pieces = 0, []
+    for piece in [text] if known else text.split(IMAGE):
+        pieces.append(_tokens(tokenizer, piece, start))
+        start += len(piece) + len(IMAGE)
+    ids = np.concatenate([ids for ids, _ in pieces])
+    offsets = np.concatenate([offsets for _, offsets in pieces])
+    asks = _touches(offsets, [word for span in instruction_spans for word in _words(text, span)])
+    if known:
+        at = np.flatnonzero(ids == marker)
+        image_at = (at - np.arange(at.size)).tolist()
+        ids, asks = np.delete(ids, at), np.delete(asks, at)
+    else:
+        image_at = np.cumsum([len(ids) for ids, _ in pieces])[:-1].tolist()
+    bos = tokenizer.bos_token_id
+    if add_bos and bos is not None and ids[:1].tolist() != [bos]:
+        ids, asks = np.insert(ids, 0, bos), np.insert(asks, 0, False)
+        image_at = [at + 1 for at in image_at]
+    return Prompt(ids.astype(np.int32), asks, tuple(image_at))
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> tuple:
+    """Token ids of a text that begins at `start`, and their character offsets [T 2]."""
+    if not text:
+        return np.zeros(0, np.int64), np.zeros((0, 2), np.int64)
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = np.array(out["offset_mapping"], np.int64).reshape(-1, 2)
+    return np.array(out["input_ids"], np.int64), offsets + start
+
+
+def _words(text: str, span: Span) -> list[Span]:
+    """The words of a span; image markers are none."""
+    found = re.finditer(r"\S+", text[slice(*span)].replace(IMAGE, " " * len(IMAGE)))
+    return [(span[0] + match.start(), span[0] + match.end()) for match in found]
+
+
+def place_images(text: str, images: int) -> str:
+    """The text with markers for all its images: "<image>" and a line break before it for each
+    that it does not place itself.
+
+    ValueError for more markers than images.
+    """
+    placed = text.count(IMAGE)
+    if placed > images:
+        raise ValueError(
+            f"the prompt has {placed} markers {IMAGE} and {images} images: give as many images, "
+            "or take markers out"
+        )
+    return f"{IMAGE}\n" * (images - placed) + text
 
 
 def _touches(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:

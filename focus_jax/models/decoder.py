@@ -119,7 +119,7 @@ class DecoderLayer(nnx.Module):
         self.down.kernel[...] = jnp.zeros_like(self.down.kernel[...])
 
     def heads(self, x: Float[Array, "B S W"]) -> Float[Array, "B S H K"]:
-        return x.reshape(*x.shape[:2], -1, self.head_dim)
+        return x.reshape(*x.shape[:2], x.shape[2] // self.head_dim, self.head_dim)
 
     def qkv(self, x: Float[Array, "B S D"], by: Rotary) -> tuple[Array, Array, Array]:
         """Rotated queries and keys, and values."""
@@ -141,16 +141,17 @@ class DecoderLayer(nnx.Module):
 
     def step(
         self,
-        x: Float[Array, "B 1 D"],
+        x: Float[Array, "B T D"],
         by: Rotary,
         cache: tuple[Float[Array, "B S G K"], Float[Array, "B S G K"]],
         length: Int[Array, " B"],
     ) -> tuple[Array, tuple[Array, Array]]:
-        """One new row for each batch row: write its key and value at `length`, attend to all."""
+        """T new rows for each batch row: write keys and values from `length` on, attend to all."""
         q, k, v = self.qkv(x, by)
         write = jax.vmap(lambda c, row, at: jax.lax.dynamic_update_slice(c, row, (at, 0, 0)))
         keys, values = write(cache[0], k, length), write(cache[1], v, length)
-        mask = jnp.arange(keys.shape[1])[None, None, :] <= length[:, None, None]
+        last = length[:, None] + jnp.arange(x.shape[1])
+        mask = jnp.arange(keys.shape[1]) <= last[..., None]
         return self.finish(x, attend(q, keys, values, mask)), (keys, values)
 
 
@@ -228,13 +229,13 @@ class Decoder(nnx.Module):
     def step(
         self,
         stage: int,
-        x: Float[Array, "B 1 D"],
-        position: Int[Array, " B"],
+        x: Float[Array, "B T D"],
+        position: Int[Array, "B T"],
         cache: KeyValue,
         length: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B 1 D"], KeyValue]:
-        """Decode one row a sample through one stage; returns the grown cache."""
-        by = rotary(self.cfg, position[:, None])
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """T new rows a sample through one stage, behind `length` cached ones; the grown cache."""
+        by = rotary(self.cfg, position)
 
         def body(h: Array, layer_cache):
             layer, kv = layer_cache

@@ -14,8 +14,9 @@ class Streams(NamedTuple):
     """What flows between stages: a shared prefix, the visual tokens, Q questions behind them.
 
     Everything carries validity and rotary positions. `slot` is the index of a visual token among
-    those that entered the decoder; `entered` how many valid ones did. `instruction` marks the
-    user's own words, `last` the prompt's last token.
+    those that entered the decoder; `entered` how many valid ones did. `after`: how many of the
+    question's tokens stand before a visual token (0: the image is in front). `instruction` marks
+    the user's own words, `last` the prompt's last token.
     """
 
     prefix: Float[Array, "B P D"]
@@ -25,6 +26,7 @@ class Streams(NamedTuple):
     visual_valid: Bool[Array, "B V"]
     visual_position: Int[Array, "B V"]
     slot: Int[Array, "B V"]
+    after: Int[Array, "B V"]
     token: Float[Array, "B Q T D"]
     token_valid: Bool[Array, "B Q T"]
     token_position: Int[Array, "B Q T"]
@@ -46,22 +48,33 @@ SEGMENT = 1 << 20  # more than any position; 2**10 questions fit an int32
 
 
 def renumber(s: Streams) -> Streams:
-    """Contiguous positions: prefix, then visual tokens, then each question on its own."""
+    """Contiguous positions: prefix, then each question on its own with the images in their places.
+
+    Visual tokens stand in the order of their places; with several questions all are in front.
+    """
 
     def rank(valid: Array) -> Array:
         return jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
 
     before = s.prefix_valid.sum(-1, dtype=jnp.int32)
-    behind = before + s.visual_valid.sum(-1, dtype=jnp.int32)
+    texts = jnp.cumsum(jnp.pad(s.token_valid[:, 0], [(0, 0), (1, 0)]), axis=-1, dtype=jnp.int32)
+    index = jnp.arange(s.token_valid.shape[-1])
+    seen = (s.after[:, None] <= index[:, None]) & s.visual_valid[:, None]
+    seen = seen.sum(-1, dtype=jnp.int32)  # [B T]: visual tokens before a text token
     return s._replace(
         prefix_position=rank(s.prefix_valid),
-        visual_position=before[:, None] + rank(s.visual_valid),
-        token_position=behind[:, None, None] + rank(s.token_valid),
+        visual_position=before[:, None]
+        + rank(s.visual_valid)
+        + jnp.take_along_axis(texts, s.after, axis=1),
+        token_position=before[:, None, None] + seen[:, None] + rank(s.token_valid),
     )
 
 
 def spread(s: Streams, places: Int[Array, "B V"]) -> Streams:
-    """Visual tokens at given places behind the prefix; the questions follow the last of them."""
+    """Visual tokens at given places behind the prefix; the questions follow the last of them.
+
+    For images in front of the questions.
+    """
     before = s.prefix_valid.sum(-1, dtype=jnp.int32)
     last = jnp.where(s.visual_valid, places, -1).max(-1)
     shift = last + 1 - s.visual_valid.sum(-1, dtype=jnp.int32)
@@ -74,10 +87,11 @@ def spread(s: Streams, places: Int[Array, "B V"]) -> Streams:
 def pack(s: Streams) -> Packed:
     """Sort all rows by (valid, question, position); padding goes behind."""
     b, q, t = s.token_valid.shape
+    first = int(q > 1)  # a question alone shares a segment with the image: they may interleave
     segment = jnp.concatenate(
         [
             jnp.zeros((s.prefix.shape[1] + s.visual.shape[1],), jnp.int32),
-            jnp.repeat(jnp.arange(1, q + 1, dtype=jnp.int32), t),
+            jnp.repeat(jnp.arange(first, q + first, dtype=jnp.int32), t),
         ]
     )
     join = lambda a, b_, c: jnp.concatenate([a, b_, c.reshape(b, q * t, *c.shape[3:])], 1)  # noqa: E731
@@ -114,6 +128,7 @@ def select_visual(s: Streams, selection: Selection) -> Streams:
         visual_valid=take_values(s.visual_valid, flat, False),
         visual_position=take_values(s.visual_position, flat, 0),
         slot=take_values(s.slot, flat, 0),
+        after=take_values(s.after, flat, 0),
     )
 
 

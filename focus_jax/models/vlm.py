@@ -43,7 +43,10 @@ class Inputs(NamedTuple):
     """One batch. Tile 0 is the thumbnail where M > 1; questions stand behind the image.
 
     `origin`: (row, col) of a tile's first patch in the stitched grid. `instruction`: the user's
-    own words. `label`: supervised tokens (all False for a prompt).
+    own words. `label`: supervised tokens (all False for a prompt). `row_valid`: rows of a tile
+    that belong to the unpadded grid; without it, those with a valid patch. `image_at`: I images in
+    one prompt, each with M / I tiles, at rising places: how many of the question's tokens (Q = 1)
+    stand before each. A sample with fewer images has no valid patch in the others.
     """
 
     pixels: UInt8[Array, "B M S S 3"]
@@ -55,6 +58,8 @@ class Inputs(NamedTuple):
     token_valid: Bool[Array, "B Q T"]
     instruction: Bool[Array, "B Q T"]
     label: Bool[Array, "B Q T"]
+    row_valid: Bool[Array, "B M R"] | None = None
+    image_at: Int[Array, "B I"] | None = None
 
 
 class StageCache(NamedTuple):
@@ -76,15 +81,10 @@ class Output(NamedTuple):
     importance: tuple[tuple[Array, Array], ...]
 
 
-def tile_rows(tiles: int) -> int:
-    """The most rows of tiles among LLaVA-NeXT's grids for this bucket (2x1, 3x1, 2x2)."""
-    return {1: 1, 3: 2, 4: 3, 5: 2}.get(tiles, tiles - 1)
-
-
 def dims_of(cfg: ModelConfig, tiles: int) -> Dims:
     """What a method needs to know of a model, for images of `tiles` tiles."""
     return Dims(
-        rows=cfg.vision.grid, cols=cfg.vision.grid, tiles=tiles, tile_rows=tile_rows(tiles),
+        rows=cfg.vision.grid, cols=cfg.vision.grid, tiles=tiles, grids=cfg.grids,
         vision_width=cfg.vision.width, width=cfg.decoder.width, layers=cfg.decoder.layers,
         newline=cfg.image_newline,
     )  # fmt: skip
@@ -133,19 +133,13 @@ class VLM(nnx.Module):
     # ---------------------------------------------------------------- visual tokens
 
     def see(self, inputs: Inputs, ctx: Context) -> tuple[VisualTokens, Aux]:
-        """Tower, vision stage, projector: visual tokens in the decoder's width."""
-        stage = self.method.vision
-        b, m = inputs.pixels.shape[:2]
-        pixels = inputs.pixels.reshape(b * m, *inputs.pixels.shape[2:])
-        if stage.grid:
-            side = stage.grid * self.cfg.vision.patch_size
-            pixels = jax.image.resize(
-                pixels.astype(jnp.float32), (b * m, side, side, 3), "linear", antialias=True
-            )
-        out = self.vision(pixels, stage.requests())
-        out = {name: a.reshape(b, m, *a.shape[1:]) for name, a in out.items()}
-        views = Views(out.pop("features"), inputs.patch_valid, inputs.origin, out)
-        dims = dims_of(self.cfg, m)
+        """Tower, vision stage, projector: visual tokens in the decoder's width.
+
+        Images of one prompt are seen apart from each other and stand one behind another.
+        """
+        stage, b = self.method.vision, inputs.pixels.shape[0]
+        views = self.look(inputs)
+        dims = dims_of(self.cfg, views.features.shape[1])
         module = self.samplers.get("vision")
         groups, aux = stage.apply(
             views, dims, module, self.projector, ctx._replace(key=block_key(ctx, "vision"))
@@ -155,7 +149,32 @@ class VLM(nnx.Module):
         if self.image_newline is not None:
             line = self.image_newline[...].astype(features.dtype)
             features = jnp.where(tokens.newline[..., None], line, features)
-        return tokens._replace(features=features), aux
+        tokens = tokens._replace(features=features)
+        return jax.tree.map(lambda a: a.reshape(b, -1, *a.shape[2:]), tokens), aux
+
+    def look(self, inputs: Inputs) -> Views:
+        """The tower's tokens of every image: B is the batch times the images of a prompt."""
+        stage, (b, m) = self.method.vision, inputs.pixels.shape[:2]
+        pixels = inputs.pixels.reshape(b * m, *inputs.pixels.shape[2:])
+        if stage.grid:
+            side = stage.grid * self.cfg.vision.patch_size
+            pixels = jax.image.resize(
+                pixels.astype(jnp.float32), (b * m, side, side, 3), "linear", antialias=True
+            )
+        images = 1 if inputs.image_at is None else inputs.image_at.shape[1]
+
+        def by_image(a: Array, lead: int) -> Array:
+            return a.reshape(b * images, m // images, *a.shape[lead:])
+
+        out = {k: by_image(a, 1) for k, a in self.vision(pixels, stage.requests()).items()}
+        patch_valid, row_valid = inputs.patch_valid, inputs.row_valid
+        if row_valid is None:
+            grid = self.cfg.vision.grid
+            row_valid = patch_valid.reshape(b, m, grid, grid).any(-1)
+        return Views(
+            features=out.pop("features"), patch_valid=by_image(patch_valid, 2),
+            row_valid=by_image(row_valid, 2), origin=by_image(inputs.origin, 2), named=out,
+        )  # fmt: skip
 
     # ---------------------------------------------------------------- streams and cuts
 
@@ -165,6 +184,7 @@ class VLM(nnx.Module):
         """Embed the text and give every token its position (contiguous without `places`)."""
         b, v = visual.valid.shape
         zeros = partial(jnp.zeros, dtype=jnp.int32)
+        at = zeros((b, 1)) if inputs.image_at is None else inputs.image_at
         streams = renumber(
             Streams(
                 prefix=self.decoder.embed(inputs.prefix),
@@ -174,6 +194,7 @@ class VLM(nnx.Module):
                 visual_valid=visual.valid,
                 visual_position=zeros((b, v)),
                 slot=jnp.broadcast_to(jnp.arange(v, dtype=jnp.int32), (b, v)),
+                after=jnp.repeat(at, v // at.shape[1], axis=1),
                 token=self.decoder.embed(inputs.tokens),
                 token_valid=inputs.token_valid,
                 token_position=zeros(inputs.tokens.shape),
@@ -200,7 +221,7 @@ class VLM(nnx.Module):
             k_prefix=project(s.prefix, s.prefix_position, layer.k),
             k_visual=project(s.visual, s.visual_position, layer.k),
             visual=s.visual, token_valid=s.token_valid, prefix_valid=s.prefix_valid,
-            visual_valid=s.visual_valid, instruction=s.instruction, last=s.last,
+            visual_valid=s.visual_valid, after=s.after, instruction=s.instruction, last=s.last,
             entered=s.entered,
         )  # fmt: skip
 
@@ -238,9 +259,24 @@ class VLM(nnx.Module):
         if visual is None:
             visual, aux = self.see(inputs, ctx)
         s = self.begin(inputs, visual, places)
-        entering = s.visual.shape[1]
-        caches, importance = [], []
-        for stage in range(len(self.decoder.stages)):
+        every = range(len(self.decoder.stages))
+        s, caches, more, importance = self.decode(s, every, s.visual.shape[1], ctx, keep, observe)
+        b, q, t, d = s.token.shape
+        hidden = s.token.reshape(b * q, t, d)
+        return Output(hidden, s, caches, visual, merge_aux(aux, more), importance)
+
+    def decode(
+        self,
+        s: Streams,
+        stages: range,
+        entering: int,
+        ctx: Context,
+        keep: int = 0,
+        observe: bool = False,
+    ) -> tuple[Streams, tuple[StageCache, ...], Aux, tuple[tuple[Array, Array], ...]]:
+        """Run decoder stages, each behind its cut; `entering` slots entered the decoder."""
+        aux, caches, importance = empty_aux(), [], []
+        for stage in stages:
             s, more = self.cut(s, stage, entering, ctx)
             aux = merge_aux(aux, more)
             packed = pack(s)
@@ -253,10 +289,7 @@ class VLM(nnx.Module):
                 caches.append(make_cache(kv, packed, keep))
             if seen is not None:
                 importance.append((seen_by_visual(seen, packed, s), s.slot))
-        b, q, t, d = s.token.shape
-        return Output(
-            s.token.reshape(b * q, t, d), s, tuple(caches), visual, aux, tuple(importance)
-        )
+        return s, tuple(caches), aux, tuple(importance)
 
 
 def make_cache(kv: KeyValue, packed: Packed, room: int) -> StageCache:

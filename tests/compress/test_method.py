@@ -1,6 +1,6 @@
 """The method as a value: reading order of stitched tiles, stages, names."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from focus_jax.compress.method import (
     Aux,
     Context,
     Cut,
+    Dims,
     Method,
     block_key,
     merge_aux,
@@ -20,7 +21,10 @@ from focus_jax.compress.method import (
 )
 from focus_jax.compress.text_guided import TextGuided
 from focus_jax.compress.vision_guided import VisionGuided
+from focus_jax.config import NEXT_GRIDS
 from tests.compress.views import RUN, dims, identity, random_views
+
+LLAVA_NEXT = Dims(24, 24, 5, NEXT_GRIDS, 1024, 4096, layers=32, newline=True)
 
 
 def reading_order(views, d, band: int) -> list[list]:
@@ -53,9 +57,11 @@ def test_stitched_order_and_newlines(tiles, band, rows_lost):
     valid = np.array(views.patch_valid).reshape(2, tiles, 8, 8)
     valid[0, 1:, :rows_lost] = False
     valid[1, -1] = False
-    views = views._replace(patch_valid=jnp.asarray(valid.reshape(2, tiles, 64)))
+    views = views._replace(
+        patch_valid=jnp.asarray(valid.reshape(2, tiles, 64)), row_valid=jnp.asarray(valid.any(-1))
+    )
     tokens = stitch([tile_tokens(views, d)], views, d, band)
-    assert tokens.valid.shape[1] == 64 * tiles + d.newlines(band)
+    assert tokens.valid.shape[1] == 64 * tiles + (0 if tiles == 1 else 2 * 8 // band)
     for b, order in enumerate(reading_order(views, d, band)):
         if tiles == 1:  # no newline where nothing is stitched
             order = [entry for entry in order if entry != "line"]
@@ -91,7 +97,48 @@ def test_pooled_rows_of_tiles_end_in_one_newline(size):
 def test_newlines_only_between_stitched_tiles():
     assert dims(1).newlines(1) == 0
     assert dims(3).newlines(1) == 16
-    assert dims(5).newlines(4) == 4
+    assert dims(4).newlines(1) == 24
+    assert dims(5).newlines(4) == 6  # three rows of tiles, or two rows of two
+
+
+def test_slots_are_those_of_the_largest_grid():
+    """2x2 tiles have two rows of newlines; 3x1 have three, which fit where the fourth tile is."""
+    assert Full().slots(dims(5)) == 64 * 5 + 16
+    assert Full().slots(dims(4)) == 64 * 4 + 24
+    assert dims(5).stitched((1,) * 5, band=1) == 4 + 24  # hardly anything left of a tile
+    assert LLAVA_NEXT.stitched((576,) * 5, band=1) == 2928
+
+
+def test_a_column_of_three_in_the_bucket_of_four():
+    d = dims(5)
+    views = random_views(d, batch=1)
+    keep = jnp.asarray([1, 1, 1, 1, 0], bool)
+    views = views._replace(
+        patch_valid=views.patch_valid & keep[:, None],
+        row_valid=views.row_valid & keep[:, None],
+        origin=jnp.asarray([[[0, 0], [0, 0], [8, 0], [16, 0], [0, 0]]]),
+    )
+    tokens = stitch([tile_tokens(views, d)], views, d, 1)
+    assert int(tokens.valid.sum()) == 64 * 4 + 24
+    assert int((tokens.newline & tokens.valid).sum()) == 24
+
+
+def test_rows_without_a_patch_may_keep_their_newline():
+    """An image one pixel wide unpads to rows of nothing, closed all the same."""
+    d = dims(3)
+    views = random_views(d, batch=1)
+    views = views._replace(patch_valid=views.patch_valid.at[:, 1:].set(False))
+    tokens = stitch([tile_tokens(views, d)], views, d, 1)
+    assert int(tokens.valid.sum()) == 64 + 8  # two tiles beside each other
+    assert tokens.newline[0, 64:72].all()
+
+
+def test_a_single_view_of_a_tiled_model_ends_in_one_newline():
+    d = replace(dims(1), newline=True)
+    views = random_views(d, batch=1)
+    tokens = stitch([tile_tokens(views, d)], views, d, 1)
+    assert Full().slots(d) == 65 == int(tokens.valid.sum())
+    assert tokens.newline[0].tolist() == [False] * 64 + [True]
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def layer() -> LayerView:
         q=normal(B, Q, T, H, K), k=normal(B, Q, T, G, K), k_prefix=normal(B, P, G, K),
         k_visual=normal(B, V, G, K), visual=normal(B, V, 3), token_valid=jnp.asarray(valid),
         prefix_valid=jnp.asarray([[True, True], [False, True]]), visual_valid=jnp.asarray(seen),
+        after=jnp.asarray(np.sort(rng.integers(0, 3, (B, V)))),  # some stand behind some text
         instruction=jnp.asarray(asks & valid), last=jnp.asarray(last),
         entered=jnp.asarray(seen.sum(-1)),
     )  # fmt: skip
@@ -57,6 +58,7 @@ def slow_score(layer: LayerView, queries: str, heads: str, normalise: str) -> np
         rows = []
         for t in np.flatnonzero(asking):
             allowed = valid & (np.arange(P + V + T) <= P + V + t)
+            allowed[P : P + V] &= layer.after[b] <= t
             weights = np.zeros((H, P + V + T))
             for h in range(H):
                 logits = keys[allowed, h // (H // G)] @ layer.q[b, q, t, h] / np.sqrt(K)

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from focus_jax.compress.method import Context, Dims, Views
+from focus_jax.config import NEXT_GRIDS
 
 RUN = Context(jax.random.key(0))
 
 
 def dims(tiles: int = 1, side: int = 8, width: int = 6) -> Dims:
     """Tiles of `side` x `side` patches, `width` channels before and after the projector."""
-    rows = {1: 1, 3: 2, 4: 3, 5: 2}[tiles]
-    return Dims(side, side, tiles, rows, width, width, layers=6, newline=tiles > 1)
+    return Dims(side, side, tiles, NEXT_GRIDS, width, width, layers=6, newline=tiles > 1)
 
 
 def random_views(
@@ -24,9 +24,11 @@ def random_views(
     origin = [(0, 0)] + [(i // across * d.rows, i % across * d.cols) for i in range(d.tiles - 1)]
     n = grid**2 or d.patches
     features = rng.standard_normal((batch, d.tiles, n, d.vision_width))
+    valid = rng.random((batch, d.tiles, d.patches)) >= padded
     return Views(
         jnp.asarray(features, jnp.float32),
-        jnp.asarray(rng.random((batch, d.tiles, d.patches)) >= padded),
+        jnp.asarray(valid),
+        jnp.asarray(valid.reshape(batch, d.tiles, d.rows, d.cols).any(-1)),
         jnp.broadcast_to(jnp.asarray(origin, jnp.int32), (batch, d.tiles, 2)),
         {},
     )

@@ -19,6 +19,8 @@ from focus_jax.data.conversation import (
     TEMPLATES,
     VICUNA_V1,
     encode,
+    encode_prompt,
+    place_images,
     render,
 )
 from focus_jax.data.tokenizer import build_tokenizer
@@ -189,3 +191,46 @@ def test_bad_conversations_are_refused():
         render(BRIEF, [("a", None), ("b", "c")])
     with pytest.raises(ValueError, match="2 markers"):
         render(BRIEF, [("<image> <image>", "c")])
+
+
+def with_marker(tokenizer):
+    """The same tokenizer, to which "<image>" is one token."""
+    own = build_tokenizer([], tuple(tokenizer.get_vocab()), special=("USER:", "ASSISTANT:"))
+    own.add_tokens(["<image>"], special_tokens=True)
+    return own
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_images_stand_where_the_prompt_says(tokenizer, known):
+    """Whether the tokenizer has the marker or the text is cut at it."""
+    tokenizer = with_marker(tokenizer) if known else tokenizer
+    text = "USER: where <image> is it ? <image><image> red ASSISTANT:"
+    span = (len("USER: "), len(text) - len(" ASSISTANT:"))
+    prompt = encode_prompt(tokenizer, text, [span])
+    assert words(tokenizer, prompt) == "<s> USER: where is it ? red ASSISTANT:"
+    assert prompt.image_at == (3, 6, 6)
+    assert words(tokenizer, prompt, prompt.asks) == "where is it ? red"
+    later = encode_prompt(tokenizer, text, [span], add_bos=False)
+    assert words(tokenizer, later) == "USER: where is it ? red ASSISTANT:"
+    assert later.image_at == (2, 5, 5)
+
+
+def test_a_prompt_that_begins_or_ends_with_an_image(tokenizer):
+    for known in (tokenizer, with_marker(tokenizer)):
+        prompt = encode_prompt(known, "<image>red<image>")
+        assert words(known, prompt) == "<s> red"
+        assert prompt.image_at == (1, 2)
+        assert not prompt.asks.any()
+        assert encode_prompt(known, "<image>", add_bos=False).image_at == (0,)
+
+
+def test_a_start_token_that_is_written_out_is_not_doubled(tokenizer):
+    assert words(tokenizer, encode_prompt(tokenizer, "<s>red")) == "<s> red"
+
+
+def test_images_without_a_place_stand_in_front():
+    assert place_images("what?", 0) == "what?"
+    assert place_images("what?", 2) == "<image>\n<image>\nwhat?"
+    assert place_images("a <image> b", 2) == "<image>\na <image> b"
+    with pytest.raises(ValueError, match=r"2 markers <image> and 1 images"):
+        place_images("<image><image>", 1)

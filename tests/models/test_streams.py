@@ -32,6 +32,7 @@ def streams() -> Streams:
         visual_valid=jnp.asarray([[True, False, True, True], [False, True, False, True]]),
         visual_position=jnp.zeros((B, V), jnp.int32),
         slot=jnp.broadcast_to(jnp.arange(V), (B, V)),
+        after=jnp.zeros((B, V), jnp.int32),
         token=jnp.asarray(rng.standard_normal((B, Q, T, D))),
         token_valid=jnp.asarray(token_valid),
         token_position=jnp.zeros((B, Q, T), jnp.int32),

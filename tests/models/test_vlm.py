@@ -45,6 +45,7 @@ def alone(inputs: Inputs) -> Inputs:
         **{
             name: a.reshape(b * q, 1, t) if name in asked else jnp.repeat(a, q, axis=0)
             for name, a in inputs._asdict().items()
+            if a is not None
         }
     )
 
@@ -114,7 +115,7 @@ def test_samples_do_not_see_each_other(tiled):
     """A batch of one image twice gives what that image got beside another."""
     model, inputs, want = tiled
     for i in range(2):
-        twice = Inputs(*(jnp.stack([a[i], a[i]]) for a in inputs))
+        twice = jax.tree.map(lambda a: jnp.stack([a[i], a[i]]), inputs)  # noqa: B023
         close(logits(model, twice), jnp.stack([want[i], want[i]]))
 
 
@@ -127,7 +128,7 @@ def test_unlike_lengths_equal_single_runs():
         token_valid=jnp.arange(6) < lengths[:, None, None], instruction=jnp.ones((2, 1, 6), bool)
     )
     asked = ("tokens", "token_valid", "instruction", "label")
-    one = Inputs(*(a[:1] for a in inputs))
+    one = jax.tree.map(lambda a: a[:1], inputs)
     one = one._replace(**{name: getattr(one, name)[..., :3] for name in asked})
     close(logits(model, inputs)[:1, :3], logits(model, one))
 
