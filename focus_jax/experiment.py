@@ -50,6 +50,14 @@ class CompressConfig:
         )
 
 
+def usual_samplers(model: ModelConfig) -> CompressConfig:
+    """FocusLLaVA's samplers in the paper's proportions: the text-guided one in the middle."""
+    # 225 tokens for the 24x24 patches of a tile: the same share of smaller ones.
+    budget = round(VisionGuided().budget * model.vision.patches / 24**2)
+    text = TextSampler(layer=model.decoder.layers // 2)
+    return CompressConfig(vision=VisionSampler(budget=budget), text=text)
+
+
 def parent_fields(value: Any, parent: type) -> dict[str, Any]:
     """The fields that `value` has from a parent dataclass."""
     return {f.name: getattr(value, f.name) for f in fields(parent)}

@@ -11,8 +11,19 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from focus_jax.compress.baselines import downsample, full, pool, random, uniform
-from focus_jax.compress.focusllava import focusllava
+from focus_jax.compress.baselines import (
+    Downsample,
+    Full,
+    Pool,
+    Random,
+    Uniform,
+    downsample,
+    full,
+    pool,
+    random,
+    uniform,
+)
+from focus_jax.compress.focusllava import focusllava as compose
 from focus_jax.compress.method import Method
 from focus_jax.compress.text_guided import TextGuided
 from focus_jax.compress.vision_guided import VisionGuided
@@ -62,7 +73,71 @@ def sampled(name: str, given: Mapping[str, str], compress: CompressConfig) -> Me
         start = f"{part}."
         mine = {k.removeprefix(start): v for k, v in changes.items() if k.startswith(start)}
         parts[part] = replace(value, **mine)
-    return focusllava(**parts)
+    return compose(**parts)
+
+
+def focusllava(
+    vision: VisionGuided | None = VisionGuided(),  # noqa: B008 a frozen value
+    text_layer: int | None = 16,
+    keep: float = 0.25,
+    **text: Any,
+) -> Method:
+    """FocusLLaVA from flat arguments.
+
+    vision: the vision-guided sampler, or None. text_layer: the decoder layer at whose entry the
+    text-guided sampler keeps a share of the visual tokens; None for no such sampler. text: other
+    fields of `TextGuided`.
+    """
+    if text_layer is None:
+        return compose(vision)
+    cut = TextGuided(layer=text_layer, keep=keep, **text)
+    return compose(vision, cut)
+
+
+# The classes whose values a method consists of, by the names that they are saved under.
+PARTS: dict[str, type] = {
+    c.__name__: c for c in (Full, Random, Uniform, Pool, Downsample, VisionGuided, TextGuided)
+}
+
+
+def method_to_json(method: Method) -> dict[str, Any]:
+    """A method as plain JSON values: its name, its vision stage and its cuts with all fields."""
+    return {
+        "name": method.name,
+        "vision": part_to_json(method.vision),
+        "cuts": [part_to_json(cut) for cut in method.cuts],
+    }
+
+
+def part_to_json(part: Any) -> dict[str, Any]:
+    """One part's class and fields."""
+    return {"kind": type(part).__name__} | TypeAdapter(type(part)).dump_python(part, mode="json")
+
+
+def method_from_json(values: Mapping[str, Any], where: str = "method.json") -> Method:
+    """The method that `method_to_json` described. ValueError naming what does not fit."""
+    missing = {"name", "vision", "cuts"} - set(values)
+    if missing:
+        raise ValueError(f"{where} lacks {sorted(missing)}: it does not describe a method")
+    vision = part_from_json(values["vision"], where)
+    cuts = tuple(part_from_json(cut, where) for cut in values["cuts"])
+    return Method(values["name"], vision, cuts)
+
+
+def part_from_json(values: Mapping[str, Any], where: str) -> Any:
+    """One part from its class and fields."""
+    kind = values.get("kind", "")
+    if kind not in PARTS:
+        raise ValueError(f"{where} names an unknown part {kind!r}: {choose(kind, PARTS)}")
+    known = {f.name for f in fields(PARTS[kind])}
+    unknown = set(values) - known - {"kind"}
+    if unknown:
+        raise ValueError(f"{where}: {kind} has no field {sorted(unknown)}; it has {sorted(known)}")
+    try:
+        given = {key: value for key, value in values.items() if key != "kind"}
+        return TypeAdapter(PARTS[kind]).validate_python(given)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {kind} does not fit: {error.errors()[0]['msg']}") from error
 
 
 def arguments(name: str, text: str) -> dict[str, str]:

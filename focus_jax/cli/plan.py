@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from focus_jax.cli.arguments import Parser, argv_or, positive
@@ -10,13 +10,7 @@ from focus_jax.cli.common import friendly, split_flags
 from focus_jax.compress.plan import plan
 from focus_jax.config import PRESETS, ModelConfig
 from focus_jax.evaluate.study import write_json
-from focus_jax.experiment import (
-    CompressConfig,
-    TextSampler,
-    VisionSampler,
-    load_program,
-    override,
-)
+from focus_jax.experiment import CompressConfig, load_program, override, usual_samplers
 from focus_jax.methods import parse_method, split_methods
 from focus_jax.models.vlm import dims_of, sizes_of
 
@@ -89,13 +83,7 @@ def parser() -> Parser:
 def of_preset(name: str) -> Subject:
     """A preset with FocusLLaVA's usual samplers: text-guided in the decoder's middle."""
     model = PRESETS[name]()
-    vision = VisionSampler()
-    # 225 tokens for the 24x24 patches of a tile: the same share of smaller ones.
-    budget = round(vision.budget * model.vision.patches / 24**2)
-    compress = CompressConfig(
-        vision=replace(vision, budget=budget), text=TextSampler(layer=model.decoder.layers // 2)
-    )
-    return Subject(model, compress, text=64, prefix=0)
+    return Subject(model, usual_samplers(model), text=64, prefix=0)
 
 
 def of_config(path: Path, settings: Sequence[str]) -> Subject:

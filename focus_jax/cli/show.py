@@ -19,10 +19,11 @@ from focus_jax.data.images import decode
 from focus_jax.data.loader import Gold
 from focus_jax.data.sources import Record, Source
 from focus_jax.evaluate.runner import InitSamplers, Trained, read_run
-from focus_jax.generate import Generator
+from focus_jax.generate import Generator, texts
 from focus_jax.models.vlm import VLM, Inputs, Output, dims_of
 from focus_jax.objectives import inputs_of
 from focus_jax.report import SamplerView, sampler_figure
+from focus_jax.sampling import Sampling
 from focus_jax.training import for_device
 from focus_jax.workdir import data_source, make_eval_loader
 
@@ -115,9 +116,9 @@ def look(run: Trained, model: VLM, inputs: Inputs, golds: Sequence[Gold]) -> lis
     key = jax.random.key(run.config.train.seed)
     observe = jax.jit(lambda vlm, given: vlm(given, Context(key), observe=True))
     out: Output = jax.device_get(observe(model, inputs))
-    generate = Generator(model, run.config.eval.max_new_tokens, int(run.tokenizer.eos_token_id))
-    tokens = np.asarray(generate(inputs, key))
-    said = run.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    stop = (int(run.tokenizer.eos_token_id),)
+    generate = Generator(model, Sampling(run.config.eval.max_new_tokens, stop=stop))
+    said = texts(run.tokenizer, np.asarray(generate(inputs, key)))
     return [
         view(model, out, row, gold, prediction)
         for row, (gold, prediction) in enumerate(zip(golds, said, strict=True))

@@ -18,11 +18,12 @@ from focus_jax.data.loader import Loader
 from focus_jax.data.sources import Record, Source
 from focus_jax.evaluate.metrics import by_kind, exact_match
 from focus_jax.experiment import Experiment
-from focus_jax.generate import Generator
+from focus_jax.generate import Generator, texts
 from focus_jax.methods import parse_method
 from focus_jax.models.params import initialise, with_method
 from focus_jax.models.vlm import VLM, dims_of, sizes_of
 from focus_jax.objectives import inputs_of
+from focus_jax.sampling import Sampling
 from focus_jax.sharding import make_mesh, put_batch, put_replicated
 from focus_jax.training import for_device
 from focus_jax.workdir import data_source, make_eval_loader, read_workdir, write_text
@@ -208,9 +209,8 @@ def answer_all(
 ) -> tuple[list[Answer], float]:
     """Answers to all questions of a flat loader, and the median seconds of one."""
     mesh = make_mesh()
-    generate = Generator(
-        put_replicated(model, mesh), cfg.eval.max_new_tokens, int(tokenizer.eos_token_id)
-    )
+    sampling = Sampling(cfg.eval.max_new_tokens, stop=(int(tokenizer.eos_token_id),))
+    generate = Generator(put_replicated(model, mesh), sampling)
     answers: list[Answer] = []
     times, total = [], loader.steps_per_epoch
     batches = iter(loader)
@@ -240,7 +240,7 @@ def answers_of(
 
     ValueError when a right answer would not fit the new tokens.
     """
-    said = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    said = texts(tokenizer, tokens)
     for row, (golds, prediction) in enumerate(zip(loader.gold(batch), said, strict=True)):
         if (gold := golds[0]) is not None:
             needed = len(tokenizer(gold.answer, add_special_tokens=False)["input_ids"])
