@@ -1,0 +1,294 @@
+"""A checkpoint as a value to ask: weights, tokenizer, preprocessing, prompt template, method."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from focus_jax import hf
+from focus_jax.chat import Chat
+from focus_jax.compilation import keep_compiled
+from focus_jax.compress.baselines import full
+from focus_jax.compress.method import Method
+from focus_jax.config import DTypeName, ModelConfig
+from focus_jax.data.conversation import (
+    CHATML,
+    LLAMA3,
+    MISTRAL,
+    VICUNA_V1,
+    Prompt,
+    Template,
+    encode_prompt,
+    place_images,
+    render,
+)
+from focus_jax.data.images import Photo, Tiles
+from focus_jax.data.preprocess import ImageConfig, LayoutName, preprocess_many
+from focus_jax.generate import Generator, texts
+from focus_jax.methods import method_from_json, method_to_json
+from focus_jax.models.params import canonical, initialise, named_leaves, with_method
+from focus_jax.models.vlm import VLM
+from focus_jax.prompts import check_context, make_inputs
+from focus_jax.sampling import Sampling
+
+Images = Sequence[Photo | Sequence[Photo]] | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said: its text, and the token ids with the stop token."""
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """A model with all that turns questions and photos into answers."""
+
+    vlm: VLM
+    tokenizer: PreTrainedTokenizerBase
+    images: ImageConfig
+    template: Template
+    stop: tuple[int, ...] = ()
+    source: Path | None = field(default=None, repr=False)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        images: Images = None,
+        *,
+        seed: int = 0,
+        batch: int = 0,
+        literal: bool = False,
+        **sampling: Any,
+    ) -> list[str]:
+        """Answers to prompts, in their order; see `answers`."""
+        settings = {"seed": seed, "batch": batch, "literal": literal} | sampling
+        return [answer.text for answer in self.answers(prompts, images, **settings)]
+
+    def answers(
+        self,
+        prompts: Sequence[str],
+        images: Images = None,
+        *,
+        seed: int = 0,
+        batch: int = 0,
+        literal: bool = False,
+        **sampling: Any,
+    ) -> list[Answer]:
+        """Answers with their token ids.
+
+        images: for each prompt one photo (path, bytes, PIL image, uint8 array) or several; those
+        that "<image>" does not place in the prompt stand in front. batch: prompts that run at
+        once (0: all). literal: prompts are taken as they are, without the checkpoint's template.
+        sampling: fields of `Sampling`.
+        Raises ValueError for what cannot be answered, before anything runs.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("prompts is one text: give a list, such as [prompt]")
+        rules = self.sampling(sampling)
+        photos = photos_of(prompts, images)
+        encoded = [
+            self.encode(text, len(own), literal) for text, own in zip(prompts, photos, strict=True)
+        ]
+        tiles = self.tiles(photos)
+        check_context(self.vlm.cfg, self.vlm.method, encoded, tiles, rules.max_new_tokens)
+        generate = Generator(self.vlm, rules)
+        rows: list[np.ndarray] = []
+        for first in range(0, len(prompts), batch or len(prompts) or 1):
+            part = slice(first, first + (batch or len(prompts)))
+            inputs = make_inputs(self.vlm.cfg, encoded[part], tiles[part])
+            key = jax.random.fold_in(jax.random.key(seed), first)
+            rows += list(np.asarray(generate(inputs, key)))
+        said = texts(self.tokenizer, rows)
+        return [
+            Answer(text.strip(), tuple(int(t) for t in row if t >= 0))
+            for text, row in zip(said, rows, strict=True)
+        ]
+
+    def chat(
+        self,
+        images: Sequence[Photo] = (),
+        *,
+        cuts: Literal["keep", "anew"] = "keep",
+        seed: int = 0,
+        **sampling: Any,
+    ) -> Chat:
+        """A conversation about photos.
+
+        cuts: at a later question the visual tokens stay as the first question chose them
+        (`keep`), or are chosen again for the whole conversation (`anew`).
+        """
+        [tiles] = self.tiles([list(images)])
+        rules = self.sampling(sampling)
+        return Chat(self.vlm, self.tokenizer, self.template, tiles, rules, cuts, seed)
+
+    def with_method(self, method: Method, init_samplers: Literal["", "random"] = "") -> "Pipeline":
+        """The same checkpoint with another method; this one stays as it is.
+
+        ValueError for a learned method whose weights the checkpoint lacks, unless
+        `init_samplers="random"`.
+        """
+        cfg = self.vlm.cfg
+        fresh: Callable[[], VLM] | None = None
+        if init_samplers:
+            fresh = lambda: initialise(cfg, method, seed=0)  # noqa: E731
+        return replace(self, vlm=with_method(cfg, self.tree(), method, fresh))
+
+    def save(self, directory: str | Path) -> None:
+        """Write the base as a Hugging Face directory, the method and its samplers beside it."""
+        method = method_to_json(self.vlm.method)
+        hf.export(Path(directory), self.vlm.cfg, self.tree(), method, source=self.source)
+
+    def tree(self) -> dict[str, jax.Array]:
+        """The canonical parameters."""
+        return canonical(named_leaves(self.vlm))
+
+    # ------------------------------------------------------------------ parts
+
+    def sampling(self, settings: dict[str, Any]) -> Sampling:
+        """Sampling with the checkpoint's stop tokens, unless `settings` has others."""
+        return Sampling(**{"stop": self.stop} | settings)
+
+    def encode(self, text: str, images: int, literal: bool = False) -> Prompt:
+        """A user's text as the model's prompt. ValueError for an empty one."""
+        if not text.replace("<image>", "").strip():
+            raise ValueError("the prompt is empty: ask something")
+        text = place_images(text, images)
+        if literal:
+            return encode_prompt(self.tokenizer, text, [(0, len(text))])
+        rendered = render(self.template, [(text, None)], with_answers=False, image=False)
+        return encode_prompt(self.tokenizer, rendered.text, rendered.instruction_spans)
+
+    def tiles(self, photos: Sequence[Sequence[Photo]]) -> list[list[Tiles]]:
+        """Preprocessed photos, as nested as they came. CorruptImage names one that is none."""
+        flat = preprocess_many([photo for own in photos for photo in own], self.images)
+        given = iter(flat)
+        return [[next(given) for _ in own] for own in photos]
+
+
+def photos_of(prompts: Sequence[str], images: Images) -> list[list[Photo]]:
+    """The photos of each prompt. ValueError where there are not as many entries as prompts."""
+    if images is None:
+        return [[] for _ in prompts]
+    if len(images) != len(prompts):
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(images)} entries in images: give one entry for each "
+            "prompt, a list where a prompt has several photos"
+        )
+    return [list(own) if isinstance(own, list | tuple) else [own] for own in images]  # type: ignore[list-item]
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: DTypeName = "bfloat16",
+    compute_dtype: DTypeName | None = None,
+    method: Method | None = None,
+    init_samplers: Literal["", "random"] = "",
+    images: Literal["original", "hf"] = "original",
+    template: Template | None = None,
+    vision_tower: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    attention: Literal["xla", "chunked", "cudnn"] | None = None,
+    sharding: Callable[..., Any] | None = None,
+) -> Pipeline:
+    """Read a LLaVA checkpoint: a directory, or a name on the Hugging Face hub.
+
+    dtype: of the weights, and of products unless `compute_dtype` says otherwise. method: the
+    checkpoint's own where it was saved with one, else all visual tokens. images: preprocessing as
+    LLaVA's code does it, or as Hugging Face's. vision_tower, tokenizer: directories of these where
+    the checkpoint's own lacks them (LLaVA's own layout).
+    """
+    keep_compiled()
+    directory = hf.resolve(name)
+    cfg, tree = hf.read(
+        directory, param_dtype=dtype, compute_dtype=compute_dtype or dtype,
+        vision_tower=vision_tower, sharding=sharding,
+    )  # fmt: skip
+    if attention:
+        cfg = replace(cfg, attention=attention)
+    if method is None:
+        saved = hf.read_method(directory)
+        method = full() if saved is None else method_from_json(saved)
+    init = method
+    fresh = (lambda: initialise(cfg, init, seed=0)) if init_samplers else None
+    words = read_tokenizer(Path(tokenizer or directory))
+    template = template or template_of(directory, words)
+    return Pipeline(
+        vlm=with_method(cfg, tree, method, fresh),
+        tokenizer=words,
+        images=image_config(directory, cfg, images),
+        template=template,
+        stop=stop_tokens(directory, words, template),
+        source=directory,
+    )
+
+
+def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory. FileNotFoundError where there is none."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    if not any((directory / name).is_file() for name in names):
+        raise FileNotFoundError(
+            f"no tokenizer in {directory} ({', '.join(names)}): copy its files there, or give the "
+            "directory of another checkpoint as tokenizer="
+        )
+    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+
+
+def image_config(directory: Path, cfg: ModelConfig, mode: Literal["original", "hf"]) -> ImageConfig:
+    """How a checkpoint's photos become tiles; one in LLaVA's own layout tells it in config.json."""
+    files = ("preprocessor_config.json", "processor_config.json")
+    if any((directory / name).is_file() for name in files):
+        return ImageConfig.from_hf(directory, mode=mode)
+    if mode == "hf":
+        raise FileNotFoundError(f"no {' or '.join(files)} in {directory}: use images='original'")
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    layouts: dict[str, LayoutName] = {"pad": "pad", "anyres": "anyres"}
+    layout, size = (
+        layouts.get(settings.get("image_aspect_ratio", ""), "crop"),
+        cfg.vision.image_size,
+    )
+    grids = cfg.grids if layout == "anyres" else ()
+    red, green, blue = (int(mean * 255) for mean in cfg.vision.pixel_mean)
+    return ImageConfig(
+        layout=layout,
+        size=size,
+        patch=cfg.vision.patch_size,
+        pinpoints=tuple((cols * size, rows * size) for rows, cols in grids),
+        background=(red, green, blue),
+    )
+
+
+def template_of(directory: Path, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The conversation format that a checkpoint was tuned with, told by its special tokens.
+
+    Mistral's is told by the decoder's kind; Vicuna's stands for all that have none of their own.
+    """
+    for template, mark in ((LLAMA3, "<|eot_id|>"), (CHATML, "<|im_end|>")):
+        if mark in tokenizer.all_special_tokens or mark in tokenizer.get_added_vocab():
+            return template
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    kinds = (settings.get("model_type", ""), settings.get("text_config", {}).get("model_type", ""))
+    return MISTRAL if any("mistral" in kind for kind in kinds) else VICUNA_V1
+
+
+def stop_tokens(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, template: Template
+) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's, the template's, the generation settings'."""
+    found = {tokenizer.eos_token_id}
+    end = tokenizer(template.end.strip(), add_special_tokens=False)["input_ids"]
+    if len(end) == 1:
+        found.add(end[0])
+    settings = directory / "generation_config.json"
+    if settings.is_file():
+        ids = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
+        found.update(ids if isinstance(ids, list) else [ids])
+    return tuple(sorted(int(token) for token in found if token is not None))
