@@ -8,8 +8,10 @@ from importlib import import_module
 
 # Each is a module of focus_jax.cli with a `main`; imported when asked for, so that help is quick.
 COMMANDS = {
+    "chat": "ask a checkpoint about photos; answers are streamed",
     "demo": "train the embedded job, compare all methods, write tables and pictures",
     "grid": "train and evaluate every combination of configs, settings and methods",
+    "parity": "compare a checkpoint here with transformers, number by number",
     "plan": "what a method costs on a model: slots, operations, cache bytes; runs nothing",
     "show": "a picture of what the samplers kept for questions on one image",
 }
@@ -24,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line up to the command's name."""
-    lines = [f"  {name:<6}{what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<8}{what}" for name, what in COMMANDS.items()]
     lines.append("each has its own --help; to train and to score a run: train.py, eval.py")
     out = argparse.ArgumentParser(
         "focus_jax",
