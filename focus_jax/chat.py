@@ -140,7 +140,7 @@ class Chat:
         words = self._words(question)
         said, state = list(self.turns[-1].tokens), self._state
         if said[-1] not in self.sampling.stop:
-            end = encode_prompt(self.tokenizer, self.template.end, add_bos=False)
+            end = encode_prompt(self.tokenizer, self.template.end, start=False)
             said += end.ids.tolist()
         held = len(self.turns[-1].tokens) - 1  # the last token was never run
         caches = state.caches[: self._first_cut] if self._anew else state.caches
@@ -163,7 +163,7 @@ class Chat:
         lead = t.turn_gap + t.user
         span = (len(lead), len(lead) + len(question.strip()))
         text = lead + question.strip() + t.user_end + t.assistant
-        return encode_prompt(self.tokenizer, text, [span], add_bos=False)
+        return encode_prompt(self.tokenizer, text, [span], start=False)
 
     def _run(self, new: Prompt, caches: Caches, key: jax.Array) -> Prefilled:
         """Run tokens behind the caches, padded to a bucket."""
@@ -181,7 +181,7 @@ class Chat:
         """Caches that have room for `rows` more and an answer behind them."""
         if not caches:
             return caches
-        needed = max(int(c.length[0]) + rows + self._room - c.kv.k.shape[2] for c in caches)
+        needed = max(int(c.length[0]) + rows + self._room - c.size for c in caches)
         more = -(-needed // GROWTH) * GROWTH
         return run_with_room(caches, room=more) if needed > 0 else caches
 

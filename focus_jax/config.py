@@ -120,7 +120,9 @@ class ModelConfig:
 
     `max_tiles` counts the thumbnail; 1 means one view an image. `grids`: the (rows, cols) in which
     an image's tiles may lie. `image_newline` closes rows of the stitched grid (LLaVA-NeXT).
-    `remat` names what the decoder's backward pass recomputes.
+    `remat` names what the decoder's backward pass recomputes. `stacked`: a decoder stage's layers
+    are one scanned stack, which is what training wants; apart they are when generating, because a
+    scan copies the weights of each layer in every step.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -132,7 +134,8 @@ class ModelConfig:
     param_dtype: DTypeName = "float32"
     compute_dtype: DTypeName = "float32"
     remat: Literal["none", "full", "dots"] = "none"
-    attention: Literal["xla", "chunked", "cudnn"] = "xla"
+    attention: Literal["xla", "chunked", "blocked", "cudnn"] = "xla"
+    stacked: bool = True
     unroll: bool = False
 
     def __post_init__(self) -> None:

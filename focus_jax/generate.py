@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from focus_jax.compress.method import Context, Method
-from focus_jax.models.decoder import KeyValue
 from focus_jax.models.streams import Streams, last_of_prompt, renumber, row_at
 from focus_jax.models.vlm import VLM, Inputs, StageCache
 from focus_jax.sampling import Rules, Sampling, choose
@@ -59,7 +58,10 @@ def cut_stage(method: Method, stages: int) -> int:
 
 
 def prefill(vlm: VLM, inputs: Inputs, key: Array, room: int, entry: bool = False) -> Prefilled:
-    """Run the prompt (one question a sample); caches get room for `room` new rows."""
+    """Run the prompt (one question a sample); caches get room for `room` new rows.
+
+    With `entry` also what `anew` needs.
+    """
     if inputs.tokens.shape[1] != 1:
         raise ValueError(
             f"generation takes one question a sample, not {inputs.tokens.shape[1]}: repeat the "
@@ -68,16 +70,11 @@ def prefill(vlm: VLM, inputs: Inputs, key: Array, room: int, entry: bool = False
     ctx = Context(key)
     streams = vlm.begin(inputs, vlm.see(inputs, ctx)[0])
     stages = len(vlm.decoder.stages)
-    first = cut_stage(vlm.method, stages) if entry else 0
+    first = min(cut_stage(vlm.method, stages), stages - 1) if entry else 0
     slots = streams.visual.shape[1]
     streams, before, *_ = vlm.decode(streams, range(first), slots, ctx, room)
-    out, behind, *_ = vlm.decode(streams, range(first, stages), slots, ctx, room)
-    return Prefilled(next_logits(vlm, out), before + behind, streams if entry else None)
-
-
-def next_logits(vlm: VLM, streams: Streams) -> Float[Array, "B W"]:
-    """Scores of the token behind each prompt."""
-    return vlm.decoder.logits(row_at(streams.token[:, 0], streams.last[:, 0]))
+    hidden, behind = vlm.last_row(streams, range(first, stages), slots, ctx, room)
+    return Prefilled(vlm.decoder.logits(hidden), before + behind, streams if entry else None)
 
 
 def append(
@@ -124,10 +121,9 @@ def anew(
     first, stages = len(caches), len(vlm.decoder.stages)
     rows, before = append(vlm, vlm.decoder.embed(tokens), valid, caches)
     streams = joined(entry, rows, valid, instruction)
-    out, behind, *_ = vlm.decode(
-        streams, range(first, stages), streams.visual.shape[1], Context(key), room
-    )
-    return Prefilled(next_logits(vlm, out), before + behind, streams)
+    slots, ctx = streams.visual.shape[1], Context(key)
+    hidden, behind = vlm.last_row(streams, range(first, stages), slots, ctx, room)
+    return Prefilled(vlm.decoder.logits(hidden), before + behind, streams)
 
 
 def joined(
@@ -153,8 +149,7 @@ def rewind(caches: Caches, rows: Int[Array, " B"]) -> Caches:
 
 def with_room(caches: Caches, room: int) -> Caches:
     """Caches with `room` more rows behind; copies them."""
-    grow = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
-    return tuple(c._replace(kv=KeyValue(*(jnp.pad(a, grow) for a in c.kv))) for c in caches)
+    return tuple(cache.with_room(room) for cache in caches)
 
 
 # ---------------------------------------------------------------------------- answers

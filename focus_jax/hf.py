@@ -19,13 +19,13 @@ from focus_jax import hf_config, hf_names
 from focus_jax import safetensors_io as io
 from focus_jax.config import DTypeName, ModelConfig
 from focus_jax.hf_write import METHOD, SAMPLERS, existing, export, shapes, write
-from focus_jax.models.params import is_sampler, name_of
+from focus_jax.models.params import LAYERS, Leaf, is_sampler, name_of
 from focus_jax.models.projector import Projector
 
 __all__ = [
     "export", "image_token", "read", "read_config", "read_method", "read_parts", "resolve", "write",
 ]  # fmt: skip
-Tree = dict[str, jax.Array]
+Tree = dict[str, Leaf]
 Where = Callable[[str, tuple[int, ...]], Sharding]
 # What comes with a model beside its weights; never *.bin, never code.
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -68,9 +68,12 @@ def read_config(directory: str | Path, vision_tower: str | Path | None = None) -
     return described(existing(directory), vision_tower).config
 
 
-def image_token(directory: str | Path, vision_tower: str | Path | None = None) -> int | None:
+def image_token(directory: str | Path) -> int | None:
     """The id that stands for an image; None in original checkpoints, which have none."""
-    return described(existing(directory), vision_tower).image_token
+    text = hf_config.read_json(existing(directory) / "config.json")
+    if "text_config" not in text:
+        return None
+    return described(existing(directory), None).image_token
 
 
 def described(directory: Path, vision_tower: str | Path | None) -> hf_config.Described:
@@ -85,12 +88,14 @@ def read(
     compute_dtype: DTypeName | None = None,
     vision_tower: str | Path | None = None,
     sharding: Where | None = None,
+    stacked: bool = True,
     workers: int = 4,
 ) -> tuple[ModelConfig, Tree]:
     """A checkpoint as its config and the canonical tree that `with_method` takes.
 
     compute_dtype: None is param_dtype. vision_tower: CLIP's directory, for original checkpoints.
-    sharding(name, shape): where a parameter lies; None is jax's default device.
+    sharding(name, shape): where a parameter lies; None is jax's default device. stacked: the
+    decoder's layers are stacked, else a list of arrays each (see `ModelConfig.stacked`).
     A compressed model's learned parts come along, in the dtype they have.
     Memory of the host peaks at the parameters and a few blocks of 2 MiB. FileNotFoundError and
     ValueError as in `hf_config.describe` and `safetensors_io.directory_entries`; ValueError:
@@ -98,7 +103,10 @@ def read(
     """
     directory = existing(directory)
     said = described(directory, vision_tower)
-    cfg = replace(said.config, param_dtype=param_dtype, compute_dtype=compute_dtype or param_dtype)
+    cfg = replace(
+        said.config, param_dtype=param_dtype, compute_dtype=compute_dtype or param_dtype,
+        stacked=stacked,
+    )  # fmt: skip
     entries = list(io.directory_entries(directory).values())
     if said.layout == "original" and not any(is_tower(e.name) for e in entries):
         entries += tower_entries(named_tower(directory, vision_tower))
@@ -193,19 +201,30 @@ def load(
 ) -> Tree:
     """Check everything, then read one parameter at a time."""
     sources = matched(cfg, list(entries), wanted, directory)
-    tree = {}
+    tree: Tree = {}
     with ThreadPoolExecutor(workers) as pool:
         for name, leaf in wanted.items():
-            host = gathered(leaf, name, sources[name], pool)
-            tree[name] = placed(host, name, sharding)
+            if cfg.stacked or not name.startswith(LAYERS):
+                host = gathered(leaf.shape, leaf.dtype, name, sources[name], pool)
+                tree[name] = placed(host, name, sharding)
+                continue
+            tree[name] = []
+            for layer in range(leaf.shape[0]):
+                own: dict[int | None, io.Entry] = {None: sources[name][layer]}
+                host = gathered(leaf.shape[1:], leaf.dtype, name, own, pool)
+                tree[name].append(placed(host, name, sharding))
     return tree
 
 
 def gathered(
-    leaf: jax.ShapeDtypeStruct, name: str, sources: Mapping[int | None, io.Entry], pool: Executor
+    shape: tuple[int, ...],
+    dtype: Any,
+    name: str,
+    sources: Mapping[int | None, io.Entry],
+    pool: Executor,
 ) -> np.ndarray:
-    """A parameter on the host, its layers stacked [L, ...]."""
-    out = io.aligned(leaf.shape, np.dtype(leaf.dtype))
+    """A parameter on the host, its layers stacked [L, ...] where `sources` names some."""
+    out = io.aligned(shape, np.dtype(dtype))
     turn = hf_names.transform_of(name)
     jobs = [
         pool.submit(io.copy_rows, out if i is None else out[i], entry, turn, first, last)

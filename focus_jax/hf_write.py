@@ -5,6 +5,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,14 @@ from focus_jax import hf_config, hf_names
 from focus_jax import safetensors_io as io
 from focus_jax.compress.baselines import full
 from focus_jax.config import DecoderConfig, ModelConfig, VisionConfig
-from focus_jax.models.params import abstract, canonical, check_same, is_sampler, named_leaves
+from focus_jax.models.params import (
+    abstract,
+    canonical,
+    check_same,
+    is_sampler,
+    named_leaves,
+    shape_of,
+)
 
 DTypeOut = Literal["float32", "float16", "bfloat16"]
 DTYPES = {
@@ -37,7 +45,7 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def shapes(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Every parameter of the base model."""
-    return canonical(named_leaves(abstract(cfg, full())))
+    return canonical(named_leaves(abstract(replace(cfg, stacked=True), full())))
 
 
 def existing(directory: str | Path) -> Path:
@@ -167,6 +175,7 @@ def write_base(
     write_json(room / "config.json", config)
     if not any((room / f).exists() for f in ("preprocessor_config.json", "processor_config.json")):
         write_json(room / "preprocessor_config.json", preprocessor_json(cfg))
+        write_json(room / "processor_config.json", processor_json(cfg))
     tensors = [t for name, leaf in tree.items() for t in tensors_of(name, leaf, DTYPES[kind])]
     io.write_directory(room, sorted(tensors, key=lambda t: natural(t.name)), max_shard_bytes)
 
@@ -194,8 +203,9 @@ def tensors_of(name: str, leaf: Any, dtype: np.dtype) -> Iterator[io.Tensor]:
     """A parameter as the tensors of a checkpoint, a layer each."""
     turn = hf_names.transform_of(name)
     layered = hf_names.has_layers(name)
-    shape = hf_names.shape_there(tuple(leaf.shape[1:] if layered else leaf.shape), turn)
-    for i in range(leaf.shape[0]) if layered else [None]:
+    whole = shape_of(leaf)
+    shape = hf_names.shape_there(whole[1:] if layered else whole, turn)
+    for i in range(whole[0]) if layered else [None]:
         there = hf_names.name_there(name, i)
         yield io.Tensor(there, shape, dtype, partial(as_there, leaf, i, turn, dtype))
 
@@ -207,6 +217,8 @@ def as_there(leaf: Any, layer: int | None, turn: io.Transform, dtype: np.dtype) 
 
 def on_host(leaf: Any, layer: int | None = None) -> np.ndarray:
     """An array or one layer of it; from an accelerator only that layer travels."""
+    if isinstance(leaf, list):
+        return on_host(leaf[layer or 0])
     if isinstance(leaf, jax.Array) and any(d.platform != "cpu" for d in leaf.devices()):
         return np.asarray(leaf if layer is None else leaf[layer])
     return np.asarray(leaf) if layer is None else np.asarray(leaf)[layer]
@@ -317,6 +329,15 @@ def vision_json(cfg: VisionConfig, dtype: str, source: Mapping[str, Any]) -> dic
     }
     out.pop("torch_dtype", None)
     return out
+
+
+def processor_json(cfg: ModelConfig) -> dict[str, Any]:
+    """processor_config.json: how text and images come together in transformers."""
+    return {
+        "processor_class": "LlavaNextProcessor" if cfg.image_newline else "LlavaProcessor",
+        "image_token": "<image>", "patch_size": cfg.vision.patch_size,
+        "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1,
+    }  # fmt: skip
 
 
 def preprocessor_json(cfg: ModelConfig) -> dict[str, Any]:

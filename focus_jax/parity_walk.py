@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from focus_jax.config import ModelConfig
@@ -26,7 +27,6 @@ from focus_jax.hf_reference import (
 )
 from focus_jax.models.attention import Rows
 from focus_jax.models.decoder import Decoder
-from focus_jax.models.params import name_of
 from focus_jax.models.vlm import VLM
 
 
@@ -166,11 +166,12 @@ def first_stage(decoder: Decoder, x: Float[Array, "1 S D"]) -> Float[Array, "1 S
 
 def only_layer(decoder: Decoder, layer: int) -> Decoder:
     """A decoder whose one stage has only this layer."""
-
-    def one(path: tuple, leaf: Array) -> Array:
-        return leaf[layer : layer + 1] if name_of(path).startswith("stages.") else leaf
-
-    return jax.tree_util.tree_map_with_path(one, decoder)
+    [stage], alone = decoder.stages, jax.tree.map(lambda a: a, decoder)
+    if isinstance(stage, nnx.List):
+        alone.stages = nnx.List([nnx.List([stage[layer]])])
+    else:
+        alone.stages = nnx.List([jax.tree.map(lambda a: a[layer : layer + 1], stage)])
+    return alone
 
 
 def as_(x: np.ndarray, dtype: jnp.dtype) -> Array:

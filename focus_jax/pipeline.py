@@ -1,5 +1,6 @@
 """A checkpoint as a value to ask: weights, tokenizer, preprocessing, prompt template, method."""
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from focus_jax import hf
@@ -18,6 +21,7 @@ from focus_jax.compress.method import Method
 from focus_jax.config import DTypeName, ModelConfig
 from focus_jax.data.conversation import (
     CHATML,
+    IMAGE,
     LLAMA3,
     MISTRAL,
     VICUNA_V1,
@@ -31,7 +35,7 @@ from focus_jax.data.images import Photo, Tiles
 from focus_jax.data.preprocess import ImageConfig, LayoutName, preprocess_many
 from focus_jax.generate import Generator, texts
 from focus_jax.methods import method_from_json, method_to_json
-from focus_jax.models.params import canonical, initialise, named_leaves, with_method
+from focus_jax.models.params import Leaf, canonical, named_leaves, with_method
 from focus_jax.models.vlm import VLM
 from focus_jax.prompts import check_context, make_inputs
 from focus_jax.sampling import Sampling
@@ -136,17 +140,24 @@ class Pipeline:
         `init_samplers="random"`.
         """
         cfg = self.vlm.cfg
-        fresh: Callable[[], VLM] | None = None
-        if init_samplers:
-            fresh = lambda: initialise(cfg, method, seed=0)  # noqa: E731
+        fresh = random_samplers(cfg, method) if init_samplers else None
         return replace(self, vlm=with_method(cfg, self.tree(), method, fresh))
 
     def save(self, directory: str | Path) -> None:
-        """Write the base as a Hugging Face directory, the method and its samplers beside it."""
-        method = method_to_json(self.vlm.method)
-        hf.export(Path(directory), self.vlm.cfg, self.tree(), method, source=self.source)
+        """Write the base as a Hugging Face directory, the method and its samplers beside it.
 
-    def tree(self) -> dict[str, jax.Array]:
+        A checkpoint in LLaVA's own layout is converted: its vocabulary gets the token "<image>".
+        """
+        method, tree = method_to_json(self.vlm.method), self.tree()
+        token = None if self.source is None else hf.image_token(self.source)
+        if token is not None:
+            hf.export(directory, self.vlm.cfg, tree, method, source=self.source)
+            return
+        cfg, tree, words, token = with_image_token(self.vlm.cfg, tree, self.tokenizer)
+        hf.export(directory, cfg, tree, method, source=self.source, image_token=token)
+        words.save_pretrained(directory)
+
+    def tree(self) -> dict[str, Leaf]:
         """The canonical parameters."""
         return canonical(named_leaves(self.vlm))
 
@@ -158,7 +169,7 @@ class Pipeline:
 
     def encode(self, text: str, images: int, literal: bool = False) -> Prompt:
         """A user's text as the model's prompt. ValueError for an empty one."""
-        if not text.replace("<image>", "").strip():
+        if not text.replace(IMAGE, "").strip():
             raise ValueError("the prompt is empty: ask something")
         text = place_images(text, images)
         if literal:
@@ -171,6 +182,37 @@ class Pipeline:
         flat = preprocess_many([photo for own in photos for photo in own], self.images)
         given = iter(flat)
         return [[next(given) for _ in own] for own in photos]
+
+
+def with_image_token(
+    cfg: ModelConfig, tree: dict[str, Leaf], tokenizer: PreTrainedTokenizerBase
+) -> tuple[ModelConfig, dict[str, Leaf], PreTrainedTokenizerBase, int]:
+    """A vocabulary that has "<image>"; the rows of new tokens are the mean of the others.
+
+    The mean never is the likeliest token, so answers stay as they were.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE]})
+    token = int(tokenizer.convert_tokens_to_ids(IMAGE))  # type: ignore[arg-type]
+    size = cfg.decoder.vocab_size
+    more = -(-(token + 1 - size) // 64) * 64 if token >= size else 0
+    if not more:
+        return cfg, tree, tokenizer, token
+
+    def grown(leaf: jax.Array, axis: int) -> jax.Array:
+        mean = leaf.mean(axis, keepdims=True, dtype=jnp.float32).astype(leaf.dtype)
+        return jnp.concatenate([leaf, jnp.repeat(mean, more, axis)], axis)
+
+    axes = {"decoder.embed.embedding": 0, "decoder.head.kernel": 1}
+    tree = {name: grown(leaf, axes[name]) if name in axes else leaf for name, leaf in tree.items()}
+    decoder = replace(cfg.decoder, vocab_size=size + more)
+    return replace(cfg, decoder=decoder), tree, tokenizer, token
+
+
+def random_samplers(cfg: ModelConfig, method: Method) -> Callable[[], dict[str, Any]]:
+    """Makes a method's learned parts; the base, which exists, is not made again."""
+    make = lambda: {"samplers": VLM(cfg, method, rngs=nnx.Rngs(0)).samplers}  # noqa: E731
+    return jax.jit(make)
 
 
 def photos_of(prompts: Sequence[str], images: Images) -> list[list[Photo]]:
@@ -196,7 +238,7 @@ def load(
     template: Template | None = None,
     vision_tower: str | Path | None = None,
     tokenizer: str | Path | None = None,
-    attention: Literal["xla", "chunked", "cudnn"] | None = None,
+    attention: Literal["xla", "chunked", "blocked", "cudnn"] | None = None,
     sharding: Callable[..., Any] | None = None,
 ) -> Pipeline:
     """Read a LLaVA checkpoint: a directory, or a name on the Hugging Face hub.
@@ -204,21 +246,22 @@ def load(
     dtype: of the weights, and of products unless `compute_dtype` says otherwise. method: the
     checkpoint's own where it was saved with one, else all visual tokens. images: preprocessing as
     LLaVA's code does it, or as Hugging Face's. vision_tower, tokenizer: directories of these where
-    the checkpoint's own lacks them (LLaVA's own layout).
+    the checkpoint's own lacks them (LLaVA's own layout). attention: None is `blocked` on CPUs,
+    else `xla`; NVIDIA GPUs have `cudnn`.
     """
     keep_compiled()
     directory = hf.resolve(name)
     cfg, tree = hf.read(
         directory, param_dtype=dtype, compute_dtype=compute_dtype or dtype,
-        vision_tower=vision_tower, sharding=sharding,
+        vision_tower=vision_tower, sharding=sharding, stacked=False,
     )  # fmt: skip
-    if attention:
-        cfg = replace(cfg, attention=attention)
+    if attention is None:
+        attention = "blocked" if jax.default_backend() == "cpu" else "xla"
+    cfg = replace(cfg, attention=attention)
     if method is None:
         saved = hf.read_method(directory)
         method = full() if saved is None else method_from_json(saved)
-    init = method
-    fresh = (lambda: initialise(cfg, init, seed=0)) if init_samplers else None
+    fresh = random_samplers(cfg, method) if init_samplers else None
     words = read_tokenizer(Path(tokenizer or directory))
     template = template or template_of(directory, words)
     return Pipeline(

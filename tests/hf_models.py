@@ -5,7 +5,15 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 Kind = Literal["llava", "next", "next_gqa_llama3", "next_mistral", "tied"]
 KINDS: tuple[Kind, ...] = ("llava", "next", "next_gqa_llama3", "next_mistral", "tied")
@@ -94,7 +102,7 @@ def write_clip(directory: str | Path, seed: int = 0, tokenizer: bool = True) -> 
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A small byte-level BPE: any text can be encoded, and comes back."""
+    """A small byte-level BPE: any text can be encoded, and comes back; BOS opens it, as Llama's."""
     made = Tokenizer(models.BPE(unk_token=None))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -106,6 +114,9 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
     made.train_from_iterator(
         ["what is in the image? USER: ASSISTANT: there are two red cats"] * 4, trainer
+    )
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)]
     )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>",

@@ -69,10 +69,10 @@ def whole_dialogue(tokenizer, turns, question: str, images: int) -> Prompt:
     for turn, text in zip(turns, [*(t.question for t in turns[1:]), question], strict=True):
         more = Prompt(np.asarray(turn.tokens, np.int32), np.zeros(len(turn.tokens), bool))
         ended = turn.tokens[-1] in SAMPLING.stop
-        end = [] if ended else encode_prompt(tokenizer, BRIEF.end, add_bos=False).ids
+        end = [] if ended else encode_prompt(tokenizer, BRIEF.end, start=False).ids
         span = (len(BRIEF.user), len(BRIEF.user) + len(text))
         words = f"{BRIEF.user}{text}{BRIEF.user_end}{BRIEF.assistant}"
-        asked = encode_prompt(tokenizer, words, [span], add_bos=False)
+        asked = encode_prompt(tokenizer, words, [span], start=False)
         ids += [more.ids, end, asked.ids]
         asks = asked.asks
     joined = np.concatenate(ids).astype(np.int32)

@@ -36,6 +36,7 @@ RENUMBERED = focusllava(
 )
 AT_ENTRY = focusllava(text=TextGuided(layer=0, keep=0.3))
 METHODS = {"full": full(), "cut": CUT, "renumbered": RENUMBERED, "at_entry": AT_ENTRY}
+APART = replace(SINGLE, stacked=False, attention="blocked")  # as loaded checkpoints have it
 KEY = jax.random.key(0)
 NEW = 5
 
@@ -50,11 +51,12 @@ def first_words(inputs, count: int):
     return inputs._replace(**{name: getattr(inputs, name)[..., :count] for name in asked})
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=[*METHODS, "full, stacked", "cut, stacked"])
 def dialogue(request):
     """A model, a text of 6 + 5 tokens (prompts of 6 and 4), its logits with what follows the
     prompt supervised, and the prompt's prefill with room."""
-    model = random_model(SINGLE, METHODS[request.param])
+    name, _, stacked = request.param.partition(", ")
+    model = random_model(SINGLE if stacked else APART, METHODS[name])
     inputs = random_inputs(SINGLE, text=6 + NEW)
     lengths = np.array([6, 4])
     behind = np.arange(6 + NEW) >= lengths[:, None]
@@ -110,7 +112,7 @@ def test_extended_prompt_equals_the_whole_run(dialogue):
 
 @pytest.mark.parametrize("name", ["cut", "renumbered", "at_entry"])
 def test_anew_equals_a_fresh_run_on_the_whole_dialogue(name):
-    model = random_model(SINGLE, METHODS[name])
+    model = random_model(APART, METHODS[name])
     whole = random_inputs(SINGLE, text=13)
     first = first_words(whole, 6)
     first = first._replace(token_valid=first.token_valid.at[1, :, 5:].set(False))

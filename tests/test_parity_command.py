@@ -5,14 +5,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-
-from tokenizers import Tokenizer, processors  # noqa: E402
 
 from focus_jax.__main__ import main  # noqa: E402
 from focus_jax.compress.focusllava import focusllava  # noqa: E402
@@ -42,7 +41,6 @@ def write(directory: Path, kind: hf_models.Kind, **text) -> None:
                 parameter.mul_(3)
     model.save_pretrained(directory)
     hf_models.write_processor(directory, tiled=kind.startswith("next"))
-    begin_with_bos(directory / "tokenizer.json")
     for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
         settings = json.loads((directory / name).read_text())
         for part in (settings, settings.get("image_processor", {})):
@@ -50,15 +48,6 @@ def write(directory: Path, kind: hf_models.Kind, **text) -> None:
                 part["image_grid_pinpoints"] = PINPOINTS
         settings.get("text_config", {}).update(text)
         (directory / name).write_text(json.dumps(settings))
-
-
-def begin_with_bos(file: Path) -> None:
-    """As the tokenizers of Llama and Mistral do."""
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", hf_models.BOS)]
-    )
-    tokenizer.save(str(file))
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +179,9 @@ def loaded(checkpoint) -> Pipeline:
 def with_weight(loaded: Pipeline, name: str, index: tuple[int, ...], value: float) -> Pipeline:
     """The same checkpoint with `value` added to one weight."""
     tree = loaded.tree()
-    tree[name] = tree[name].at[index].add(value)
+    leaf = tree[name]
+    whole = jnp.stack(leaf) if isinstance(leaf, list) else leaf
+    tree[name] = whole.at[index].add(value)
     return replace(loaded, vlm=with_method(loaded.vlm.cfg, tree, loaded.vlm.method))
 
 

@@ -17,6 +17,7 @@ from focus_jax.data.conversation import CHATML, LLAMA3, MISTRAL, VICUNA_V1
 from focus_jax.data.images import CorruptImage
 from focus_jax.methods import method_from_json, method_to_json
 from focus_jax.models.params import named_leaves
+from focus_jax.parity import compare
 from focus_jax.pipeline import stop_tokens, template_of
 from tests.hf_models import PINPOINTS, make_tokenizer, write_clip, write_llava
 from tests.test_hf import NEXT, original
@@ -192,13 +193,35 @@ def test_a_checkpoint_in_llavas_own_layout(directory, vlm, photos, tmp_path, kin
     own = original(source, tmp_path / "own", True, **options)
     with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*own"):
         fj.load(own, dtype="float32", vision_tower=tower(tmp_path))
-    ours = fj.load(own, dtype="float32", vision_tower=tower(tmp_path), tokenizer=source)
+    words = plain_tokenizer(source, tmp_path / "tokenizer")
+    ours = fj.load(own, dtype="float32", vision_tower=tower(tmp_path), tokenizer=words)
     want = fj.load(source, dtype="float32")
     assert ours.images == want.images
     ask = {"prompts": ["What?"] * 3, "images": photos, "max_new_tokens": 8}
     assert ours.answers(**ask) == want.answers(**ask)
+    ours.save(tmp_path / "converted")
+    converted = fj.load(tmp_path / "converted", dtype="float32")
+    assert converted.answers(**ask) == want.answers(**ask)
+    report = compare(tmp_path / "converted", "What?", [photo_file(photos[0], tmp_path)])
+    assert report.equal, report.to_json()
     with pytest.raises(FileNotFoundError, match="use images='original'"):
         fj.load(own, vision_tower=tower(tmp_path), tokenizer=source, images="hf")
+
+
+def plain_tokenizer(source: Path, target: Path) -> Path:
+    """The tokenizer without "<image>", as Vicuna's own is; its id, and so its row, is free."""
+    text = (source / "tokenizer.json").read_text()
+    target.mkdir()
+    (target / "tokenizer.json").write_text(text.replace("<image>", "<other>"))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    own = {key: value for key, value in settings.items() if "<image>" not in json.dumps(value)}
+    (target / "tokenizer_config.json").write_text(json.dumps(own))
+    return target
+
+
+def photo_file(image: Image.Image, folder: Path) -> Path:
+    image.save(folder / "photo.png")
+    return folder / "photo.png"
 
 
 def tower(folder: Path) -> Path:
@@ -233,7 +256,8 @@ def test_programs_are_kept_between_processes(directory, tmp_path):
     kept = []
     for _ in range(2):
         env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-        env.pop("JAX_COMPILATION_CACHE_DIR", None)
+        for name in ("JAX_COMPILATION_CACHE_DIR", "FOCUS_JAX_NO_CACHE"):
+            env.pop(name, None)
         subprocess.run([sys.executable, "-c", code, str(directory)], env=env, check=True)
         kept.append(sorted(p.name for p in (tmp_path / "focus_jax" / "xla").glob("*-cache")))
     assert kept[0]

@@ -189,20 +189,21 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     instruction_spans: Sequence[Span] = (),
-    add_bos: bool = True,
+    start: bool = True,
 ) -> Prompt:
     """Tokenise a prompt in which every "<image>" stands where its image goes.
 
     A tokenizer that has the marker among its tokens sees the text whole, as Hugging Face's
     processors do; for others the pieces between the markers are tokenised apart, as the original
-    code does.
+    code does. `start`: the text opens a conversation, and gets what the tokenizer puts before one.
     """
     marker = tokenizer.convert_tokens_to_ids(IMAGE)
     known = isinstance(marker, int) and marker != tokenizer.unk_token_id
-    start, pieces = 0, []
+    first = 0
+    pieces: list[tuple[np.ndarray, np.ndarray]] = []
     for piece in [text] if known else text.split(IMAGE):
-        pieces.append(_tokens(tokenizer, piece, start))
-        start += len(piece) + len(IMAGE)
+        pieces.append(_tokens(tokenizer, piece, first, special=start and not pieces))
+        first += len(piece) + len(IMAGE)
     ids = np.concatenate([ids for ids, _ in pieces])
     offsets = np.concatenate([offsets for _, offsets in pieces])
     asks = _touches(offsets, [word for span in instruction_spans for word in _words(text, span)])
@@ -212,20 +213,16 @@ def encode_prompt(
         ids, asks = np.delete(ids, at), np.delete(asks, at)
     else:
         image_at = np.cumsum([len(ids) for ids, _ in pieces])[:-1].tolist()
-    bos = tokenizer.bos_token_id
-    if add_bos and bos is not None and ids[:1].tolist() != [bos]:
-        ids, asks = np.insert(ids, 0, bos), np.insert(asks, 0, False)
-        image_at = [at + 1 for at in image_at]
     return Prompt(ids.astype(np.int32), asks, tuple(image_at))
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> tuple:
-    """Token ids of a text that begins at `start`, and their character offsets [T 2]."""
-    if not text:
-        return np.zeros(0, np.int64), np.zeros((0, 2), np.int64)
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, first: int, special: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of a text that begins at `first`, and their character offsets [T 2]."""
+    out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     offsets = np.array(out["offset_mapping"], np.int64).reshape(-1, 2)
-    return np.array(out["input_ids"], np.int64), offsets + start
+    return np.array(out["input_ids"], np.int64), offsets + first
 
 
 def _words(text: str, span: Span) -> list[Span]:

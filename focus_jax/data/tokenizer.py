@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Digits, Punctuation, WhitespaceSplit
 from tokenizers.pre_tokenizers import Sequence as Pipeline
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
@@ -35,6 +36,9 @@ def build_tokenizer(
     core.pre_tokenizer = pieces
     core.add_special_tokens([AddedToken(name, normalized=False) for name in (PAD, BOS, EOS, UNK)])
     core.add_tokens([AddedToken(name, normalized=False) for name in special])
+    core.post_processor = TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, list(names).index(BOS))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=BOS,

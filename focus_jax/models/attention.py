@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from focus_jax.models.blocked_attention import blocked_attention
 from focus_jax.models.chunked_attention import chunked_attention
 
 NEG_INF = -1e30  # finite, so that a row without any key stays free of NaN
@@ -53,16 +54,19 @@ def attention(
     v: Float[Array, "B S G K"],
     rows: Rows,
     mask: Bool[Array, "..."] | None = None,
-    impl: Literal["xla", "chunked", "cudnn"] = "xla",
+    impl: Literal["xla", "chunked", "blocked", "cudnn"] = "xla",
 ) -> Float[Array, "B S H K"]:
     """Self-attention of packed rows; G divides H (grouped queries).
 
     `mask` is `visible(rows, S)`, handed in so that a scan over layers builds it once. `cudnn`
-    takes causal and length, never a mask: with segments it raises. `chunked` is for CPUs.
+    takes causal and length, never a mask: with segments it raises. For CPUs: `chunked` (training)
+    and `blocked` (long prompts), which behave as `xla` where they do not apply.
     """
     if impl == "chunked" and mask is not None:
         heads = q.shape[2]
         return chunked_attention(q, repeat_groups(k, heads), repeat_groups(v, heads), mask)
+    if impl == "blocked" and is_maskless(rows, impl):
+        return blocked_attention(q, k, v)
     if impl == "cudnn":
         if rows.segment is not None:
             raise ValueError(
@@ -74,6 +78,11 @@ def attention(
             query_seq_lengths=rows.length, key_value_seq_lengths=rows.length,
         )  # fmt: skip
     return attend(q, k, v, mask)
+
+
+def is_maskless(rows: Rows, impl: str) -> bool:
+    """Whether `attention` works without a mask: valid rows stand first and see those before."""
+    return impl in ("blocked", "cudnn") and rows.segment is None and rows.causal
 
 
 def attend(

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from focus_jax.config import DecoderConfig, ModelConfig
 from focus_jax.models.attention import (
     NEG_INF,
     Rows,
-    attend,
     attention,
+    is_maskless,
     repeat_groups,
     softmax,
     visible,
@@ -23,10 +23,14 @@ from focus_jax.models.attention import (
 
 
 class KeyValue(NamedTuple):
-    """Rotated keys and values of a stage's layers: [L B S G K] each."""
+    """Rotated keys and values of a layer, or of a stage's stacked layers."""
 
-    k: Float[Array, "L B S G K"]
-    v: Float[Array, "L B S G K"]
+    k: Float[Array, "*L B G S K"]
+    v: Float[Array, "*L B G S K"]
+
+
+# Of a stage: stacked [L ...], or a layer each.
+Cache = KeyValue | tuple[KeyValue, ...]
 
 
 class Rotary(NamedTuple):
@@ -139,21 +143,67 @@ class DecoderLayer(nnx.Module):
         q, k, v = self.qkv(x, by)
         return self.finish(x, attention(q, k, v, rows, mask, self.impl)), (q, k, v)
 
+    def last(
+        self, x: Float[Array, "B S D"], by: Rotary, rows: Rows
+    ) -> tuple[Float[Array, "B 1 D"], KeyValue]:
+        """Keys and values of all rows, everything else for the last valid row alone."""
+        y = self.norm_1(x)
+        k, v = rotate(self.heads(self.k(y)), by), self.heads(self.v(y))
+        at = rows.length - 1
+        pick = lambda a: jnp.take_along_axis(a, at.reshape(-1, 1, 1), axis=1)  # noqa: E731
+        q = rotate(self.heads(self.q(pick(y))), Rotary(*(pick(a) for a in by)))
+        mask = jnp.arange(x.shape[1]) <= at[:, None, None]
+        cache = as_cache(k, v)
+        return self.finish(pick(x), attend_cache(q, cache, mask)), cache
+
     def step(
-        self,
-        x: Float[Array, "B T D"],
-        by: Rotary,
-        cache: tuple[Float[Array, "B S G K"], Float[Array, "B S G K"]],
-        length: Int[Array, " B"],
-    ) -> tuple[Array, tuple[Array, Array]]:
+        self, x: Float[Array, "B T D"], by: Rotary, cache: KeyValue, length: Int[Array, " B"]
+    ) -> tuple[Array, KeyValue]:
         """T new rows for each batch row: write keys and values from `length` on, attend to all."""
         q, k, v = self.qkv(x, by)
-        write = jax.vmap(lambda c, row, at: jax.lax.dynamic_update_slice(c, row, (at, 0, 0)))
-        keys, values = write(cache[0], k, length), write(cache[1], v, length)
+        new = as_cache(k, v)
+        cache = KeyValue(*(write(a, rows, length) for a, rows in zip(cache, new, strict=True)))
         last = length[:, None] + jnp.arange(x.shape[1])
-        mask = jnp.arange(keys.shape[1]) <= last[..., None]
-        return self.finish(x, attend(q, keys, values, mask)), (keys, values)
+        mask = jnp.arange(cache.k.shape[2]) <= last[..., None]
+        return self.finish(x, attend_cache(q, cache, mask)), cache
 
+
+def as_cache(k: Float[Array, "B S G K"], v: Float[Array, "B S G K"]) -> KeyValue:
+    """Keys and values as caches hold them: rows of a head beside each other."""
+    return KeyValue(k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+
+def write(
+    cache: Float[Array, "B G S K"], rows: Float[Array, "B G T K"], at: Int[Array, " B"]
+) -> Float[Array, "B G S K"]:
+    """Put rows at each sample's own place.
+
+    One write a sample happens in place; past a few the program would grow, and a scatter it is.
+    """
+    if len(rows) > WRITES:
+        one = jax.vmap(lambda c, r, i: jax.lax.dynamic_update_slice(c, r, (0, i, 0)))
+        return one(cache, rows, at)
+    for i in range(len(rows)):
+        cache = jax.lax.dynamic_update_slice(cache, rows[i : i + 1], (i, 0, at[i], 0))
+    return cache
+
+
+def attend_cache(
+    q: Float[Array, "B T H K"], cache: KeyValue, mask: Bool[Array, "B T S"]
+) -> Float[Array, "B T H K"]:
+    """Attention of a few rows to a cache; the queries of a group share one product."""
+    b, t, h, d = q.shape
+    groups, size = cache.k.shape[1:3]
+    flat = lambda a: a.reshape(b * groups, -1, d)  # noqa: E731
+    shared = flat((q * d**-0.5).reshape(b, t, groups, -1, d).transpose(0, 2, 3, 1, 4))
+    logits = jnp.einsum("gqd,gsd->gqs", shared, flat(cache.k), preferred_element_type=jnp.float32)
+    logits = logits.reshape(b, groups, -1, t, size)
+    weights = softmax(jnp.where(mask[:, None, None], logits, NEG_INF)).astype(cache.v.dtype)
+    out = jnp.einsum("gqs,gsd->gqd", weights.reshape(b * groups, -1, size), flat(cache.v))
+    return out.reshape(b, groups, -1, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
+
+
+WRITES = 16
 
 # Standard deviations of fresh weights: embeddings, and what each block adds to the residual.
 EMBEDDING, INTO_RESIDUAL = 0.1, 0.088
@@ -165,25 +215,31 @@ REMAT = {
 
 
 class Decoder(nnx.Module):
-    """Embedding, stages of stacked layers, final norm, head.
+    """Embedding, stages of layers, final norm, head.
 
-    `stages[i]` is a `DecoderLayer` whose arrays carry a leading axis of its layers; `bounds` are
-    the layers before which a stage starts, () for one stage.
+    `stages[i]` is a `DecoderLayer` whose arrays carry a leading axis of its layers, or a list of
+    layers where the model is not `stacked`; `bounds` are the layers before which a stage starts,
+    () for one stage.
     """
 
     def __init__(self, model: ModelConfig, bounds: tuple[int, ...], *, rngs: nnx.Rngs):
         cfg = model.decoder
         kw = dtypes(model)
         self.cfg, self.remat, self.unroll = cfg, model.remat, model.unroll
+        self.impl = model.attention
         init = nnx.initializers.normal(EMBEDDING)
         self.embed = nnx.Embed(cfg.vocab_size, cfg.width, embedding_init=init, **kw, rngs=rngs)
         keys = jax.random.split(rngs.params(), cfg.layers)
-        self.stages = nnx.List(
-            [
-                jax.vmap(lambda key: DecoderLayer(model, rngs=nnx.Rngs(key)))(keys[a:b])
-                for a, b in spans(bounds, cfg.layers)
-            ]
-        )
+
+        def make(key: Array) -> DecoderLayer:
+            return DecoderLayer(model, rngs=nnx.Rngs(key))
+
+        def stage(a: int, b: int) -> DecoderLayer | nnx.List:
+            if model.stacked:
+                return jax.vmap(make)(keys[a:b])
+            return nnx.List([make(key) for key in keys[a:b]])
+
+        self.stages = nnx.List([stage(a, b) for a, b in spans(bounds, cfg.layers)])
         self.norm = nnx.RMSNorm(cfg.width, epsilon=cfg.norm_eps, **kw, rngs=rngs)
         init = nnx.initializers.normal(0.02)
         head = partial(nnx.Linear, cfg.width, cfg.vocab_size, use_bias=False, kernel_init=init)
@@ -192,8 +248,11 @@ class Decoder(nnx.Module):
             self.head.kernel[...] = self.embed.embedding[...].T
 
     def first_layer(self, stage: int) -> DecoderLayer:
-        """The unstacked first layer of a stage: where a cut reads queries and keys."""
-        return jax.tree.map(lambda a: a[0], self.stages[stage])
+        """The first layer of a stage: where a cut reads queries and keys."""
+        layers = self.stages[stage]
+        if isinstance(layers, nnx.List):
+            return layers[0]
+        return jax.tree.map(lambda a: a[0], layers)
 
     def run(
         self,
@@ -203,52 +262,89 @@ class Decoder(nnx.Module):
         rows: Rows,
         keep: bool = False,
         observe=None,
-    ) -> tuple[Float[Array, "B S D"], KeyValue | None, Array | None]:
+    ) -> tuple[Float[Array, "B S D"], Cache | None, Array | None]:
         """Run one stage.
 
         With `keep` also its keys and values; `observe(q, k, mask)` is called in every layer and
         its results come back stacked [L ...].
         """
         by = rotary(self.cfg, position)
-        mask = None if self.is_fused(rows) and observe is None else visible(rows, x.shape[1])
+        maskless = is_maskless(rows, self.impl) and observe is None
+        mask = None if maskless else visible(rows, x.shape[1])
 
         def body(h: Array, layer: DecoderLayer):
             h, (q, k, v) = layer(h, by, rows, mask)
             seen = observe(q, k, mask) if observe is not None else None
-            return h, (KeyValue(k, v) if keep else None, seen)
+            return h, (as_cache(k, v) if keep else None, seen)
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
         layers = self.stages[stage]
+        if isinstance(layers, nnx.List):
+            x, kept = through(body, x, layers)
+            caches, seen = zip(*kept, strict=True)
+            return x, caches if keep else None, jnp.stack(seen) if observe is not None else None
         x, (cache, seen) = jax.lax.scan(body, x, layers, unroll=True if self.unroll else 1)
         return x, cache, seen
 
-    def is_fused(self, rows: Rows) -> bool:
-        return self.stages[0].impl == "cudnn" and rows.segment is None
+    def run_last(
+        self, stage: int, x: Float[Array, "B S D"], position: Int[Array, "B S"], rows: Rows
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """Run the model's last stage for what follows a prompt: its last valid row, and the cache.
+
+        Where layers stand apart, the last one leaves out what only other rows would need.
+        """
+        layers = self.stages[stage]
+        if not isinstance(layers, nnx.List):
+            x, cache, _ = self.run(stage, x, position, rows, keep=True)
+            at = (rows.length - 1).reshape(-1, 1, 1)
+            return jnp.take_along_axis(x, at, axis=1)[:, 0], cache  # type: ignore[return-value]
+        by = rotary(self.cfg, position)
+        mask = None if is_maskless(rows, self.impl) else visible(rows, x.shape[1])
+
+        def body(h: Array, layer: DecoderLayer):
+            h, (_, k, v) = layer(h, by, rows, mask)
+            return h, as_cache(k, v)
+
+        x, caches = through(body, x, layers[:-1])
+        last, cache = layers[-1].last(x, by, rows)
+        return last[:, 0], (*caches, cache)
 
     def step(
         self,
         stage: int,
         x: Float[Array, "B T D"],
         position: Int[Array, "B T"],
-        cache: KeyValue,
+        cache: Cache,
         length: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """T new rows a sample through one stage, behind `length` cached ones; the grown cache."""
         by = rotary(self.cfg, position)
 
         def body(h: Array, layer_cache):
             layer, kv = layer_cache
-            h, kv = layer.step(h, by, kv, length)
-            return h, KeyValue(*kv)
+            return layer.step(h, by, kv, length)
 
-        return jax.lax.scan(body, x, (self.stages[stage], cache))
+        layers = self.stages[stage]
+        if isinstance(layers, nnx.List):
+            x, grown = through(body, x, zip(layers, cache, strict=True))
+            return x, tuple(grown)
+        return jax.lax.scan(body, x, (layers, cache))
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
         """Final norm and vocabulary scores in fp32."""
         x = self.norm(x)
         head = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
         return jnp.dot(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def through(body, x: Array, layers) -> tuple[Array, list]:
+    """`lax.scan` in plain steps: over layers that stand apart."""
+    out = []
+    for layer in layers:
+        x, kept = body(x, layer)
+        out.append(kept)
+    return x, out
 
 
 def spans(bounds: tuple[int, ...], layers: int) -> list[tuple[int, int]]:

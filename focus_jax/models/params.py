@@ -7,14 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
 
 from focus_jax.compress.method import Method
 from focus_jax.config import ModelConfig
 from focus_jax.models.decoder import spans
 from focus_jax.models.vlm import VLM
 
-STAGE = re.compile(r"^decoder\.stages\.(\d+)\.(.*)$")
+STAGE = re.compile(r"^decoder\.stages\.(\d+)\.(?:(\d+)\.)?(.*)$")
+LAYERS = "decoder.layers."
+
+# A parameter of the decoder's layers: stacked [L, ...], or a list with an array for each.
+Leaf = Any
 
 
 def name_of(path: tuple) -> str:
@@ -34,20 +37,25 @@ def with_leaves(model: VLM, leaves: Mapping[str, Any]) -> VLM:
     return jax.tree.unflatten(tree, [leaves[name_of(path)] for path, _ in flat])
 
 
-def canonical(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def canonical(leaves: Mapping[str, Any]) -> dict[str, Leaf]:
     """Join the stages: `decoder.layers.*` with all layers stacked [L, ...].
 
+    Layers that stand apart come as lists of arrays, and nothing is copied.
     Works for anything with those names: parameters, gradients, optimiser moments, shapes.
     """
-    out: dict[str, Any] = {}
-    parts: dict[str, dict[int, Any]] = {}
+    out: dict[str, Leaf] = {}
+    parts: dict[str, dict[tuple[int, int], Any]] = {}
+    apart = False
     for name, leaf in leaves.items():
         if match := STAGE.match(name):
-            parts.setdefault(f"decoder.layers.{match[2]}", {})[int(match[1])] = leaf
+            stage, layer, rest = match.groups()
+            apart |= layer is not None
+            parts.setdefault(LAYERS + rest, {})[int(stage), int(layer or 0)] = leaf
         else:
             out[name] = leaf
-    for name, stages in parts.items():
-        out[name] = join([stages[i] for i in sorted(stages)])
+    for name, pieces in parts.items():
+        ordered = [pieces[at] for at in sorted(pieces)]
+        out[name] = ordered if apart else join(ordered)
     return out
 
 
@@ -61,16 +69,25 @@ def join(pieces: list[Any]) -> Any:
     return jnp.concatenate(pieces)
 
 
-def staged(tree: Mapping[str, Any], bounds: tuple[int, ...]) -> dict[str, Any]:
-    """Split `decoder.layers.*` into stages that begin at `bounds`; the inverse of `canonical`."""
+def staged(
+    tree: Mapping[str, Leaf], bounds: tuple[int, ...], stacked: bool = True
+) -> dict[str, Any]:
+    """Split `decoder.layers.*` into stages that begin at `bounds`; the inverse of `canonical`.
+
+    Lists of layers that stay apart are not copied.
+    """
     out: dict[str, Any] = {}
     for name, leaf in tree.items():
-        if not name.startswith("decoder.layers."):
+        if not name.startswith(LAYERS):
             out[name] = leaf
             continue
-        rest = name.removeprefix("decoder.layers.")
-        for i, (a, b) in enumerate(spans(bounds, leaf.shape[0])):
-            out[f"decoder.stages.{i}.{rest}"] = leaf[a:b]
+        rest = name.removeprefix(LAYERS)
+        for i, (a, b) in enumerate(spans(bounds, len(leaf))):
+            place, piece = f"decoder.stages.{i}", leaf[a:b]
+            if stacked:
+                out[f"{place}.{rest}"] = jnp.stack(piece) if isinstance(piece, list) else piece
+            else:
+                out |= {f"{place}.{j}.{rest}": layer for j, layer in enumerate(piece)}
     return out
 
 
@@ -91,17 +108,18 @@ def is_sampler(name: str) -> bool:
 
 def with_method(
     cfg: ModelConfig,
-    tree: Mapping[str, Array],
+    tree: Mapping[str, Leaf],
     method: Method,
-    init: Callable[[], VLM] | None = None,
+    init: Callable[[], Any] | None = None,
 ) -> VLM:
     """A model for `method` from a canonical tree made by any method.
 
     Samplers that the method does not have are left out. A learned method whose weights the tree
-    lacks is an error, unless `init` makes a model to take them from.
+    lacks is an error, unless `init` makes a model, or {"samplers": ...}, to take them from.
     """
     shape = abstract(cfg, method)
-    leaves = staged({k: v for k, v in tree.items() if not is_sampler(k)}, method.bounds)
+    base = {k: v for k, v in tree.items() if not is_sampler(k)}
+    leaves = staged(base, method.bounds, cfg.stacked)
     wanted = named_leaves(shape)
     samplers = {k: v for k, v in tree.items() if is_sampler(k) and k in wanted}
     lacking = [k for k in wanted if is_sampler(k) and not fits(samplers.get(k), wanted[k])]
@@ -126,13 +144,20 @@ def fits(leaf: Any, wanted: Any) -> bool:
 def check_same(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """ValueError naming the first parameter that differs, with both shapes."""
     for name in sorted(wanted.keys() | found.keys()):
-        need = tuple(wanted[name].shape) if name in wanted else None
-        have = tuple(found[name].shape) if name in found else None
+        need = shape_of(wanted[name]) if name in wanted else None
+        have = shape_of(found[name]) if name in found else None
         if need != have:
             raise ValueError(
                 f"parameters differ at {name}: the model needs {words(need)}, the checkpoint "
                 f"has {words(have)}; load it with the model config it was trained with"
             )
+
+
+def shape_of(leaf: Leaf) -> tuple[int, ...]:
+    """The shape of a parameter, with L for layers that stand apart."""
+    if isinstance(leaf, list):
+        return (len(leaf), *shape_of(leaf[0]))
+    return tuple(leaf.shape)
 
 
 def words(shape: tuple[int, ...] | None) -> str:

@@ -24,7 +24,7 @@ from focus_jax.compress.method import (
 )
 from focus_jax.compress.plan import Sizes
 from focus_jax.config import ModelConfig
-from focus_jax.models.decoder import Decoder, KeyValue, observed_attention, rotary, rotate
+from focus_jax.models.decoder import Cache, Decoder, observed_attention, rotary, rotate
 from focus_jax.models.projector import Projector
 from focus_jax.models.streams import (
     Packed,
@@ -65,9 +65,19 @@ class Inputs(NamedTuple):
 class StageCache(NamedTuple):
     """One decoder stage's keys and values, its valid rows, and the next token's position."""
 
-    kv: KeyValue
+    kv: Cache
     length: Int[Array, " B"]
     position: Int[Array, " B"]
+
+    @property
+    def size(self) -> int:
+        """Rows that it has room for."""
+        return jax.tree.leaves(self.kv)[0].shape[-2]
+
+    def with_room(self, rows: int) -> "StageCache":
+        """The same with more room behind; copies it."""
+        grow = lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, rows), (0, 0)])  # noqa: E731
+        return self._replace(kv=jax.tree.map(grow, self.kv))
 
 
 class Output(NamedTuple):
@@ -291,14 +301,23 @@ class VLM(nnx.Module):
                 importance.append((seen_by_visual(seen, packed, s), s.slot))
         return s, tuple(caches), aux, tuple(importance)
 
+    def last_row(
+        self, s: Streams, stages: range, entering: int, ctx: Context, room: int
+    ) -> tuple[Float[Array, "B D"], tuple[StageCache, ...]]:
+        """Run decoder stages up to the last for what follows a prompt: one row a sample."""
+        s, caches, *_ = self.decode(s, stages[:-1], entering, ctx, room)
+        s, _ = self.cut(s, stages[-1], entering, ctx)
+        packed = pack(s)
+        hidden, kv = self.decoder.run_last(stages[-1], packed.hidden, packed.position, packed.rows)
+        return hidden, (*caches, make_cache(kv, packed, room))
 
-def make_cache(kv: KeyValue, packed: Packed, room: int) -> StageCache:
+
+def make_cache(kv: Cache, packed: Packed, room: int) -> StageCache:
     """Room for new rows behind the packed ones; the next position follows the last valid row."""
-    grow = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
     length = packed.rows.length
     valid = jnp.arange(packed.position.shape[1]) < length[:, None]
     position = jnp.where(valid, packed.position, -1).max(-1) + 1
-    return StageCache(KeyValue(*(jnp.pad(a, grow) for a in kv)), length, position)
+    return StageCache(kv, length, position).with_room(room)
 
 
 def watcher(s: Streams, packed: Packed):

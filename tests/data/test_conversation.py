@@ -6,6 +6,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
@@ -210,7 +211,7 @@ def test_images_stand_where_the_prompt_says(tokenizer, known):
     assert words(tokenizer, prompt) == "<s> USER: where is it ? red ASSISTANT:"
     assert prompt.image_at == (3, 6, 6)
     assert words(tokenizer, prompt, prompt.asks) == "where is it ? red"
-    later = encode_prompt(tokenizer, text, [span], add_bos=False)
+    later = encode_prompt(tokenizer, text, [span], start=False)
     assert words(tokenizer, later) == "USER: where is it ? red ASSISTANT:"
     assert later.image_at == (2, 5, 5)
 
@@ -221,11 +222,15 @@ def test_a_prompt_that_begins_or_ends_with_an_image(tokenizer):
         assert words(known, prompt) == "<s> red"
         assert prompt.image_at == (1, 2)
         assert not prompt.asks.any()
-        assert encode_prompt(known, "<image>", add_bos=False).image_at == (0,)
+        assert encode_prompt(known, "<image>", start=False).image_at == (0,)
 
 
-def test_a_start_token_that_is_written_out_is_not_doubled(tokenizer):
-    assert words(tokenizer, encode_prompt(tokenizer, "<s>red")) == "<s> red"
+def test_what_opens_a_conversation_is_the_tokenizers_own(tokenizer):
+    """As in Hugging Face's processors: a start token that is written out comes twice."""
+    assert words(tokenizer, encode_prompt(tokenizer, "<s>red")) == "<s> <s> red"
+    without = build_tokenizer(["red"])
+    without.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
+    assert words(without, encode_prompt(without, "red")) == "red"
 
 
 def test_images_without_a_place_stand_in_front():

@@ -12,7 +12,9 @@ def tokenizer():
 
 
 def tokens(tokenizer, text):
-    return tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    return tokenizer.convert_ids_to_tokens(ids[1:])
 
 
 def test_splits_words_punctuation_digits_and_special_marks(tokenizer):
@@ -29,7 +31,7 @@ def test_unknown_words_and_control_ids(tokenizer):
 
 def test_offsets_point_at_the_text(tokenizer):
     text = "the  47 ? red"
-    encoded = tokenizer(text, return_offsets_mapping=True)
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     pieces = [text[start:end] for start, end in encoded["offset_mapping"]]
     assert pieces == ["the", "4", "7", "?", "red"]
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from focus_jax.models import blocked_attention as blocked
 from focus_jax.models import chunked_attention as chunked
-from focus_jax.models.attention import Rows, attend, attention, visible
+from focus_jax.models.attention import Rows, attend, attention, is_maskless, visible
 from tests.quick import compiled
 
 
@@ -50,6 +51,27 @@ def test_attention_is_what_a_loop_gives(qkv, impl, monkeypatch):
     rows = Rows(jnp.array([7, 5, 1, 7, 2, 7]), jnp.asarray([[0, 0, 1, 1, 2, 2, 3]] * 6))
     mask = visible(rows, 7)
     got = attention(*(jnp.asarray(a, jnp.float32) for a in qkv), rows, mask, impl)
+    want = slow_attention(*qkv, np.asarray(mask))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_of_rows_are_what_a_loop_gives(qkv, monkeypatch):
+    """Without a mask; rows that are padding stand behind, and what they give is not looked at."""
+    monkeypatch.setattr(blocked, "ROWS", 3)
+    rows = Rows(jnp.array([7, 5, 1, 7, 2, 7]))
+    assert is_maskless(rows, "blocked")
+    got = attention(*(jnp.asarray(a, jnp.float32) for a in qkv), rows, None, "blocked")
+    mask = np.asarray(visible(rows, 7))
+    want = slow_attention(*qkv, mask)
+    for i, length in enumerate(rows.length):
+        np.testing.assert_allclose(got[i, :length], want[i, :length], rtol=1e-5, atol=1e-5)
+
+
+def test_blocked_takes_a_mask_where_questions_stand_apart(qkv):
+    rows = Rows(jnp.array([7, 5, 1, 7, 2, 7]), jnp.asarray([[0, 0, 1, 1, 2, 2, 3]] * 6))
+    assert not is_maskless(rows, "blocked")
+    mask = visible(rows, 7)
+    got = attention(*(jnp.asarray(a, jnp.float32) for a in qkv), rows, mask, "blocked")
     want = slow_attention(*qkv, np.asarray(mask))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 

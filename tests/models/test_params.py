@@ -175,3 +175,22 @@ def test_wrong_model_config_is_named():
     small = replace(SINGLE, decoder=replace(SINGLE.decoder, layers=2))
     with pytest.raises(ValueError, match=r"decoder\.stages\.0\..*needs \(3, .* has \(2, "):
         with_method(SINGLE, random_tree(small), full())
+
+
+def test_layers_apart_are_the_same_arrays():
+    """No array is copied on the way to another method, and the stacked model is the same one."""
+    cut = focusllava(text=TextGuided(layer=1))
+    tree = random_tree(SINGLE)
+    apart = replace(SINGLE, stacked=False)
+    one = random_model(apart, tree=tree)
+    lists = canonical(named_leaves(one))
+    other = with_method(apart, lists, cut)
+    mine, theirs = ({id(leaf) for leaf in jax.tree.leaves(model)} for model in (one, other))
+    assert mine == theirs
+    names = named_leaves(other)
+    np.testing.assert_array_equal(
+        names["decoder.stages.1.0.q.kernel"], tree["decoder.layers.q.kernel"][1]
+    )
+    again = canonical(named_leaves(with_method(SINGLE, canonical(names), cut)))
+    for name, leaf in tree.items():
+        np.testing.assert_array_equal(again[name], leaf, err_msg=name)

@@ -19,6 +19,7 @@ from tests.models.tiny_models import (
     logits,
     random_inputs,
     random_model,
+    random_tree,
 )
 from tests.quick import compiled
 
@@ -102,7 +103,7 @@ def test_slots_are_the_plans(tiled):
     shape = jax.eval_shape(lambda model, inputs: model(inputs, RUN, keep=2), model, inputs)
     text = inputs.prefix.shape[1] + inputs.tokens.shape[2]
     slots = model.method.stage_slots(dims_of(TILED, 3))
-    assert [cache.kv.k.shape[2] for cache in shape.caches] == [s + text + 2 for s in slots]
+    assert [cache.size for cache in shape.caches] == [s + text + 2 for s in slots]
 
 
 def test_padding_and_a_larger_bucket_change_nothing(tiled):
@@ -235,12 +236,21 @@ def test_visual_tokens_may_be_handed_in():
     close(handed, own)
 
 
-def test_programs_of_other_kinds_compute_one_function():
-    """Chunked attention, unrolled layers, rematerialisation."""
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attention": "chunked", "unroll": True, "remat": "full"},
+        {"attention": "blocked", "stacked": False},
+        {"stacked": False, "remat": "dots"},
+    ],
+    ids=str,
+)
+def test_programs_of_other_kinds_compute_one_function(settings):
+    """Other attention, unrolled layers, layers apart, rematerialisation."""
     inputs = random_inputs(SINGLE)
-    other = replace(SINGLE, attention="chunked", unroll=True, remat="full")
-    got = logits(random_model(other, FOCUS), inputs)
-    close(got, logits(random_model(SINGLE, FOCUS), inputs))
+    tree = random_tree(SINGLE, FOCUS)
+    got = logits(random_model(replace(SINGLE, **settings), FOCUS, tree=tree), inputs)
+    close(got, logits(random_model(SINGLE, FOCUS, tree=tree), inputs))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -32,7 +32,8 @@ def random_tree(cfg: ModelConfig, method: Method | None = None, seed: int = 0) -
     """A canonical tree: kernels of unit gain, everything else around its usual value."""
     rng = np.random.default_rng(seed)
     out = {}
-    for name, leaf in canonical(named_leaves(shape_of(cfg, method or full()))).items():
+    stacked = replace(cfg, stacked=True)
+    for name, leaf in canonical(named_leaves(shape_of(stacked, method or full()))).items():
         value = rng.standard_normal(leaf.shape, dtype=np.float32)
         if name.endswith("kernel"):
             value *= np.prod(leaf.shape[1:-1] if len(leaf.shape) == 3 else leaf.shape[:-1]) ** -0.5
@@ -48,7 +49,7 @@ def random_model(
     """A model with random weights, those of `tree` in their place where given."""
     method = method or full()
     leaves = random_tree(cfg, method, seed) | (tree or {})
-    return with_leaves(shape_of(cfg, method), staged(leaves, method.bounds))
+    return with_leaves(shape_of(cfg, method), staged(leaves, method.bounds, cfg.stacked))
 
 
 def random_inputs(
