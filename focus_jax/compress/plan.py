@@ -22,6 +22,9 @@ class Sizes:
 
     `tower_depth`: layers that must run for the features. `stem`: channels of the stride-2
     convolutions before the patch embedding, () for none. `compute_bytes`: of one cached number.
+    `block`: rows of a block that attends to the keys up to its own end, 0 where every row meets
+    every key. `last_row`: a prompt that is only to be continued runs the last layer for its last
+    row, beyond keys and values.
     """
 
     patch_size: int
@@ -42,6 +45,8 @@ class Sizes:
     mlp_width: int
     vocab_size: int
     compute_bytes: int
+    block: int = 0
+    last_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,10 +180,15 @@ def plan(
     tower, tower_elementwise = tower_flops(method, dims, sizes)
     hidden = projected * sizes.width * (sizes.projector_layers - 1)
     head_rows = questions * (text_tokens if head_tokens is None else head_tokens)
+    decoder = over_layers(stages, lambda rows: layer_flops(sizes, rows))
+    if sizes.last_row and head_tokens == 1:
+        last = stages[-1]
+        spared = layer_flops(sizes, last.rows) - last_row_flops(sizes, last.rows)
+        decoder -= last.samples * spared
     flops = Flops(
         tower=tower,
         projector=2.0 * (projected * sizes.tower_width + hidden) * sizes.width,
-        decoder=over_layers(stages, lambda rows: layer_flops(sizes, rows)),
+        decoder=decoder,
         head=2.0 * head_rows * sizes.width * sizes.vocab_size,
         samplers=method.vision.flops(dims) + cuts,
         elementwise=tower_elementwise
@@ -288,17 +298,31 @@ def visual_macs(sizes: Sizes, slots: int) -> int:
 
 
 def layer_flops(sizes: Sizes, rows: int) -> float:
-    """Products of one decoder layer over `rows` rows, attention over the full square."""
+    """Products of one decoder layer over `rows` rows."""
     d, inner, kv = sizes.width, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     weights = d * (2 * inner + 2 * kv) + 3 * d * sizes.mlp_width
-    return 2.0 * rows * weights + 4.0 * rows**2 * inner
+    return 2.0 * rows * weights + 4.0 * pairs(sizes, rows) * inner
+
+
+def last_row_flops(sizes: Sizes, rows: int) -> float:
+    """Products of a layer that gives keys and values of `rows` rows, the rest for one of them."""
+    d, inner, kv = sizes.width, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    one = d * 2 * inner + 3 * d * sizes.mlp_width
+    return 2.0 * (rows * d * 2 * kv + one) + 4.0 * rows * inner
+
+
+def pairs(sizes: Sizes, rows: int) -> int:
+    """Rows times the keys that they meet."""
+    block = sizes.block or rows
+    ends = [min(first + block, rows) for first in range(0, rows, block)]
+    return sum((last - first) * last for first, last in pairwise([0, *ends]))
 
 
 def layer_elementwise(sizes: Sizes, rows: int) -> float:
     """Norms, rotary positions, softmax, SwiGLU and residuals of one decoder layer."""
     d, rotated = sizes.width, (sizes.heads + sizes.kv_heads) * sizes.head_dim
     each = d * (2 * RMS_NORM + 2) + rotated * ROTATE + sizes.mlp_width * SWIGLU
-    return rows * each + SOFTMAX * sizes.heads * rows**2
+    return rows * each + SOFTMAX * sizes.heads * pairs(sizes, rows)
 
 
 def tower_flops(method: Method, dims: Dims, sizes: Sizes) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from focus_jax.compress.method import (
 )
 from focus_jax.compress.plan import Sizes
 from focus_jax.config import ModelConfig
+from focus_jax.models.blocked_attention import ROWS
 from focus_jax.models.decoder import Cache, Decoder, observed_attention, rotary, rotate
 from focus_jax.models.projector import Projector
 from focus_jax.models.streams import (
@@ -112,6 +113,7 @@ def sizes_of(cfg: ModelConfig) -> Sizes:
         layers=decoder.layers, heads=decoder.heads, kv_heads=decoder.kv_heads,
         head_dim=decoder.head_dim, mlp_width=decoder.mlp_width, vocab_size=decoder.vocab_size,
         compute_bytes=jnp.dtype(cfg.compute_dtype).itemsize,
+        block=ROWS if cfg.attention == "blocked" else 0, last_row=not cfg.stacked,
     )  # fmt: skip
 
 

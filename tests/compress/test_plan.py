@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from focus_jax import generate
 from focus_jax.compress.baselines import downsample, full, pool
 from focus_jax.compress.focusllava import focusllava
 from focus_jax.compress.method import Context, Method
-from focus_jax.compress.plan import plan, runs
+from focus_jax.compress.plan import pairs, plan, runs
 from focus_jax.compress.text_guided import TextGuided
 from focus_jax.compress.vision_guided import VisionGuided
 from focus_jax.config import (
@@ -55,22 +56,47 @@ TWICE = focusllava(
 )
 
 
-def counted(cfg: ModelConfig, method: Method, prefix: int, questions: int, text: int) -> float:
-    """Operations of a compiled prefill of one image, from shapes alone."""
+def shapes_of(cfg: ModelConfig, prefix: int, questions: int, text: int) -> Inputs:
+    """One image and its questions, without values."""
     shape = jax.ShapeDtypeStruct
     n, side = cfg.vision.patches, cfg.vision.image_size
     asked = shape((1, questions, text), bool)
-    inputs = Inputs(
+    return Inputs(
         shape((1, 1, side, side, 3), jnp.uint8), shape((1, 1, n), bool), shape((1, 1, 2), int),
         shape((1, prefix), jnp.int32), shape((1, prefix), bool),
         shape((1, questions, text), jnp.int32), asked, asked, asked,
     )  # fmt: skip
 
+
+def counted(cfg: ModelConfig, method: Method, prefix: int, questions: int, text: int) -> float:
+    """Operations of a compiled prefill of one image, from shapes alone."""
+
     def prefill(vlm, inputs):
         return vlm.decoder.logits(vlm(inputs, Context(jax.random.key(0))).hidden)
 
+    inputs = shapes_of(cfg, prefix, questions, text)
     program = compiled(prefill).lower(abstract(cfg, method), inputs).compile()
     return program.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("method", [full(), BOTH])
+def test_a_prompt_to_be_continued_is_what_the_compiler_counts(method):
+    """Layers apart: the last one does less, and so does the head."""
+    cfg = replace(BASE, stacked=False)
+    table = plan(method, dims_of(cfg, 1), sizes_of(cfg), 24, prefix_tokens=8, head_tokens=1)
+    run = compiled(lambda vlm, inputs: generate.prefill(vlm, inputs, jax.random.key(0), room=1))
+    program = run.lower(abstract(cfg, method), shapes_of(cfg, 8, 1, 24)).compile()
+    assert table.flops.total == pytest.approx(program.cost_analysis()["flops"], rel=0.03)
+    whole = plan(method, dims_of(BASE, 1), sizes_of(BASE), 24, prefix_tokens=8, head_tokens=1)
+    assert table.flops.decoder < 0.94 * whole.flops.decoder
+
+
+@pytest.mark.parametrize("rows", [1, 255, 256, 257, 700])
+def test_blocks_meet_the_keys_up_to_their_end(rows):
+    sizes = sizes_of(replace(BASE, attention="blocked"))
+    met = sum(min(-(-(row + 1) // 256) * 256, rows) for row in range(rows))
+    assert pairs(sizes, rows) == met
+    assert pairs(sizes_of(BASE), rows) == rows**2
 
 
 @pytest.mark.parametrize(
