@@ -23,10 +23,14 @@ from focus_jax.models.attention import (
 
 
 class KeyValue(NamedTuple):
-    """Rotated keys and values of a layer, or of a stage's stacked layers."""
+    """Rotated keys and values of a layer, or of a stage's stacked layers.
 
-    k: Float[Array, "*L B G S K"]
-    v: Float[Array, "*L B G S K"]
+    Samples and key heads share an axis: the loop that decodes one sample would copy its caches
+    several times a step if they stood apart.
+    """
+
+    k: Float[Array, "*L BG S K"]
+    v: Float[Array, "*L BG S K"]
 
 
 # Of a stage: stacked [L ...], or a layer each.
@@ -164,27 +168,31 @@ class DecoderLayer(nnx.Module):
         new = as_cache(k, v)
         cache = KeyValue(*(write(a, rows, length) for a, rows in zip(cache, new, strict=True)))
         last = length[:, None] + jnp.arange(x.shape[1])
-        mask = jnp.arange(cache.k.shape[2]) <= last[..., None]
+        mask = jnp.arange(cache.k.shape[1]) <= last[..., None]
         return self.finish(x, attend_cache(q, cache, mask)), cache
 
 
 def as_cache(k: Float[Array, "B S G K"], v: Float[Array, "B S G K"]) -> KeyValue:
     """Keys and values as caches hold them: rows of a head beside each other."""
-    return KeyValue(k.swapaxes(1, 2), v.swapaxes(1, 2))
+    b, s, g, d = k.shape
+    return KeyValue(*(a.swapaxes(1, 2).reshape(b * g, s, d) for a in (k, v)))
 
 
 def write(
-    cache: Float[Array, "B G S K"], rows: Float[Array, "B G T K"], at: Int[Array, " B"]
-) -> Float[Array, "B G S K"]:
+    cache: Float[Array, "BG S K"], rows: Float[Array, "BG T K"], at: Int[Array, " B"]
+) -> Float[Array, "BG S K"]:
     """Put rows at each sample's own place.
 
     One write a sample happens in place; past a few the program would grow, and a scatter it is.
     """
-    if len(rows) > WRITES:
+    if len(at) > WRITES:
         one = jax.vmap(lambda c, r, i: jax.lax.dynamic_update_slice(c, r, (0, i, 0)))
-        return one(cache, rows, at)
-    for i in range(len(rows)):
-        cache = jax.lax.dynamic_update_slice(cache, rows[i : i + 1], (i, 0, at[i], 0))
+        apart = lambda a: a.reshape(len(at), -1, *a.shape[1:])  # noqa: E731
+        return one(apart(cache), apart(rows), at).reshape(cache.shape)
+    groups = len(rows) // len(at)
+    for i in range(len(at)):
+        own = rows[i * groups : (i + 1) * groups]
+        cache = jax.lax.dynamic_update_slice(cache, own, (i * groups, at[i], 0))
     return cache
 
 
@@ -193,13 +201,13 @@ def attend_cache(
 ) -> Float[Array, "B T H K"]:
     """Attention of a few rows to a cache; the queries of a group share one product."""
     b, t, h, d = q.shape
-    groups, size = cache.k.shape[1:3]
-    flat = lambda a: a.reshape(b * groups, -1, d)  # noqa: E731
-    shared = flat((q * d**-0.5).reshape(b, t, groups, -1, d).transpose(0, 2, 3, 1, 4))
-    logits = jnp.einsum("gqd,gsd->gqs", shared, flat(cache.k), preferred_element_type=jnp.float32)
+    groups, size = cache.k.shape[0] // b, cache.k.shape[1]
+    q = (q * d**-0.5).reshape(b, t, groups, -1, d).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(b * groups, -1, d)
+    logits = jnp.einsum("gqd,gsd->gqs", q, cache.k, preferred_element_type=jnp.float32)
     logits = logits.reshape(b, groups, -1, t, size)
     weights = softmax(jnp.where(mask[:, None, None], logits, NEG_INF)).astype(cache.v.dtype)
-    out = jnp.einsum("gqs,gsd->gqd", weights.reshape(b * groups, -1, size), flat(cache.v))
+    out = jnp.einsum("gqs,gsd->gqd", weights.reshape(b * groups, -1, size), cache.v)
     return out.reshape(b, groups, -1, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
 

@@ -160,8 +160,8 @@ def test_decoder_hidden_and_logits(name):
     close(logits, theirs.lm_head(out.last_hidden_state))
     for layer in range(cfg.layers):
         kept = out.past_key_values.layers[layer]
-        close(cache.k[layer], kept.keys)
-        close(cache.v[layer], kept.values)
+        close(cache.k[layer], kept.keys.flatten(0, 1))
+        close(cache.v[layer], kept.values.flatten(0, 1))
 
 
 def test_decoder_step_continues_the_prompt():
