@@ -8,6 +8,7 @@ from importlib import import_module
 
 # Each is a module of focus_jax.cli with a `main`; imported when asked for, so that help is quick.
 COMMANDS = {
+    "bench": "speed and memory beside transformers, and of a text-guided cut",
     "chat": "ask a checkpoint about photos; answers are streamed",
     "demo": "train the embedded job, compare all methods, write tables and pictures",
     "grid": "train and evaluate every combination of configs, settings and methods",

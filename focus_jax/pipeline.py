@@ -230,7 +230,7 @@ def photos_of(prompts: Sequence[str], images: Images) -> list[list[Photo]]:
 def load(
     name: str | Path,
     *,
-    dtype: DTypeName = "bfloat16",
+    dtype: DTypeName | None = None,
     compute_dtype: DTypeName | None = None,
     method: Method | None = None,
     init_samplers: Literal["", "random"] = "",
@@ -243,20 +243,22 @@ def load(
 ) -> Pipeline:
     """Read a LLaVA checkpoint: a directory, or a name on the Hugging Face hub.
 
-    dtype: of the weights, and of products unless `compute_dtype` says otherwise. method: the
+    dtype: of the weights, and of products unless `compute_dtype` says otherwise; None is float32 on
+    CPUs, whose bfloat16 products are slow, else bfloat16. method: the
     checkpoint's own where it was saved with one, else all visual tokens. images: preprocessing as
     LLaVA's code does it, or as Hugging Face's. vision_tower, tokenizer: directories of these where
     the checkpoint's own lacks them (LLaVA's own layout). attention: None is `blocked` on CPUs,
     else `xla`; NVIDIA GPUs have `cudnn`.
     """
     keep_compiled()
-    directory = hf.resolve(name)
+    directory, on_cpu = hf.resolve(name), jax.default_backend() == "cpu"
+    dtype = dtype or ("float32" if on_cpu else "bfloat16")
     cfg, tree = hf.read(
         directory, param_dtype=dtype, compute_dtype=compute_dtype or dtype,
         vision_tower=vision_tower, sharding=sharding, stacked=False,
     )  # fmt: skip
     if attention is None:
-        attention = "blocked" if jax.default_backend() == "cpu" else "xla"
+        attention = "blocked" if on_cpu else "xla"
     cfg = replace(cfg, attention=attention)
     if method is None:
         saved = hf.read_method(directory)

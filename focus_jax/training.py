@@ -49,7 +49,7 @@ def learns(name: str, stage: TrainStage) -> bool:
 def canonical_name(name: str) -> str:
     """`decoder.layers.q.kernel` for `decoder.stages.1.q.kernel`."""
     match = names.STAGE.match(name)
-    return f"decoder.layers.{match[2]}" if match else name
+    return names.LAYERS + match[3] if match else name
 
 
 def check_prefixes(stage: TrainStage, parameters: set[str]) -> None:

@@ -67,7 +67,9 @@ def parser() -> Parser:
             flag = "--" + field.name.replace("_", "-")
             out.add_argument(flag, type=kind, default=field.default, metavar="N")
     out.add_argument("--seed", type=not_negative, default=0, metavar="N")
-    out.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    out.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="default: float32 on a CPU, else bfloat16"
+    )
     out.add_argument("--preprocessing", choices=["original", "hf"], default="original")
     out.add_argument("--template", choices=[t.name for t in TEMPLATES], help="default: its own")
     out.add_argument("--vision-tower", metavar="DIR", help="for checkpoints in LLaVA's own layout")

@@ -28,6 +28,22 @@ def blocked_attention(
     return jax.lax.map(one_head, jnp.arange(heads)).transpose(1, 2, 0, 3)
 
 
+def by_heads(
+    q: Float[Array, "B S H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"]
+) -> Float[Array, "B S H K"]:
+    """Every row sees all rows, head by head, so that logits stay in cache; for CPUs."""
+    q, k, v = (a.transpose(2, 0, 1, 3) for a in (q * q.shape[-1] ** -0.5, k, v))
+
+    def one_head(qkv: tuple[Array, Array, Array]) -> Float[Array, "B S K"]:
+        q, k, v = qkv
+        logits = jnp.einsum("bsk,bjk->bsj", q, k, preferred_element_type=jnp.float32)
+        exp = jnp.exp(logits - logits.max(-1, keepdims=True))
+        mixed = jnp.einsum("bsj,bjk->bsk", exp.astype(v.dtype), v)
+        return (mixed / exp.sum(-1, keepdims=True)).astype(v.dtype)
+
+    return jax.lax.map(one_head, (q, k, v)).transpose(1, 2, 0, 3)
+
+
 def by_blocks(
     q: Float[Array, "B S K"], k: Float[Array, "B S K"], v: Float[Array, "B S K"]
 ) -> Float[Array, "B S K"]:

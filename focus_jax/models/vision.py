@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, UInt8
 
 from focus_jax.config import ModelConfig, VisionConfig
 from focus_jax.models.attention import attend, softmax
+from focus_jax.models.blocked_attention import by_heads
 
 
 def quick_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
@@ -25,7 +26,13 @@ class VisionLayer(nnx.Module):
     """Pre-norm transformer block with biases, as in CLIP."""
 
     def __init__(
-        self, cfg: VisionConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        cfg: VisionConfig,
+        *,
+        attend_by_heads: bool,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         def linear(a: int, b: int) -> nnx.Linear:
             return nnx.Linear(a, b, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -35,7 +42,7 @@ class VisionLayer(nnx.Module):
                 cfg.width, epsilon=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs
             )
 
-        self.heads = cfg.heads
+        self.heads, self.attend_by_heads = cfg.heads, attend_by_heads
         self.activation = cfg.activation
         self.norm_1, self.norm_2 = norm(), norm()
         self.q, self.k, self.v = (linear(cfg.width, cfg.width) for _ in range(3))
@@ -47,7 +54,8 @@ class VisionLayer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
         y = self.norm_1(x)
-        mixed = attend(self.split(self.q(y)), self.split(self.k(y)), self.split(self.v(y)), None)
+        q, k, v = (self.split(linear(y)) for linear in (self.q, self.k, self.v))
+        mixed = by_heads(q, k, v) if self.attend_by_heads else attend(q, k, v, None)
         x = x + self.out(mixed.reshape(x.shape))
         return x + self.down(ACTIVATIONS[self.activation](self.up(self.norm_2(x))))
 
@@ -122,7 +130,8 @@ class VisionTower(nnx.Module):
             waves = jnp.asarray(0.5 * sincos_2d(cfg.grid, cfg.width), kw["param_dtype"])
             self.position[...] = self.position[...].at[1:].set(waves)
         self.pre_norm = nnx.LayerNorm(cfg.width, epsilon=cfg.norm_eps, **kw, rngs=rngs)
-        self.layers = jax.vmap(lambda key: VisionLayer(cfg, **kw, rngs=nnx.Rngs(key)))(
+        kw_layer = kw | {"attend_by_heads": model.attention == "blocked"}
+        self.layers = jax.vmap(lambda key: VisionLayer(cfg, **kw_layer, rngs=nnx.Rngs(key)))(
             jax.random.split(rngs.params(), cfg.layers)
         )
         # CLIP's checkpoint carries it; LLaVA reads the patches before it.

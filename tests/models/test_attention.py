@@ -67,6 +67,13 @@ def test_blocks_of_rows_are_what_a_loop_gives(qkv, monkeypatch):
         np.testing.assert_allclose(got[i, :length], want[i, :length], rtol=1e-5, atol=1e-5)
 
 
+def test_head_by_head_every_row_sees_all(qkv):
+    q, k, v = qkv[0], *(np.repeat(a, 2, axis=2) for a in qkv[1:])
+    got = blocked.by_heads(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)))
+    want = slow_attention(q, k, v, np.ones((6, 7, 7), bool))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_blocked_takes_a_mask_where_questions_stand_apart(qkv):
     rows = Rows(jnp.array([7, 5, 1, 7, 2, 7]), jnp.asarray([[0, 0, 1, 1, 2, 2, 3]] * 6))
     assert not is_maskless(rows, "blocked")
