@@ -9,6 +9,7 @@ import pytest
 # Read when jax is imported, so they stand here: tests run small programs once or twice, and quick
 # compilation beats quick code.
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["FOCUS_JAX_NO_CACHE"] = "1"  # tests leave nothing in the user's cache folder
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",

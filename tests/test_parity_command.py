@@ -50,11 +50,6 @@ def write(directory: Path, kind: hf_models.Kind, **text) -> None:
         (directory / name).write_text(json.dumps(settings))
 
 
-@pytest.fixture(autouse=True)
-def nothing_kept(monkeypatch):
-    monkeypatch.setenv("FOCUS_JAX_NO_CACHE", "1")
-
-
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Tiny products in many threads mostly wait for each other on a busy machine."""
