@@ -114,6 +114,7 @@ CASES = {
     "extreme aspect": ("next", {}, QUESTION, ((200, 7),)),
     "grouped queries, llama3 scaling": ("next_gqa_llama3", {}, QUESTION, ((37, 53),)),
     "mistral without a window": ("next_mistral", {}, "see <image>. Why?", ((7, 150), (61, 41))),
+    "a photo behind the last word": ("next", {}, "what is <image>", ((45, 60),)),
     "text alone": ("next", {}, QUESTION, ()),
 }  # fmt: skip
 
