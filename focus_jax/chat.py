@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from focus_jax.data.conversation import Prompt, Template, encode_prompt, place_images, render
+from focus_jax.data.conversation import IMAGE, Prompt, Template, encode_prompt, place_images, render
 from focus_jax.data.images import Tiles
 from focus_jax.generate import (
     Caches,
@@ -210,5 +210,5 @@ class Chat:
 
 def check_question(text: str) -> None:
     """ValueError for a question without words."""
-    if not text.replace("<image>", "").strip():
+    if not text.replace(IMAGE, "").strip():
         raise ValueError("the question is empty: ask something")

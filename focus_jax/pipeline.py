@@ -62,18 +62,8 @@ class Pipeline:
     stop: tuple[int, ...] = ()
     source: Path | None = field(default=None, repr=False)
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        images: Images = None,
-        *,
-        seed: int = 0,
-        batch: int = 0,
-        literal: bool = False,
-        **sampling: Any,
-    ) -> list[str]:
-        """Answers to prompts, in their order; see `answers`."""
-        settings = {"seed": seed, "batch": batch, "literal": literal} | sampling
+    def generate(self, prompts: Sequence[str], images: Images = None, **settings: Any) -> list[str]:
+        """Answers to prompts, in their order; settings and errors as in `answers`."""
         return [answer.text for answer in self.answers(prompts, images, **settings)]
 
     def answers(
@@ -296,10 +286,8 @@ def image_config(directory: Path, cfg: ModelConfig, mode: Literal["original", "h
         raise FileNotFoundError(f"no {' or '.join(files)} in {directory}: use images='original'")
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     layouts: dict[str, LayoutName] = {"pad": "pad", "anyres": "anyres"}
-    layout, size = (
-        layouts.get(settings.get("image_aspect_ratio", ""), "crop"),
-        cfg.vision.image_size,
-    )
+    layout = layouts.get(settings.get("image_aspect_ratio", ""), "crop")
+    size = cfg.vision.image_size
     grids = cfg.grids if layout == "anyres" else ()
     red, green, blue = (int(mean * 255) for mean in cfg.vision.pixel_mean)
     return ImageConfig(

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     template = next((t for t in TEMPLATES if t.name == flags.template), None)
     vlm = load(
         flags.checkpoint, dtype=flags.dtype, images=flags.preprocessing, template=template,
-        vision_tower=flags.vision_tower,
+        vision_tower=flags.vision_tower, tokenizer=flags.tokenizer,
     )  # fmt: skip
     if flags.method:
         method = parse_method(flags.method, usual_samplers(vlm.vlm.cfg))
@@ -73,6 +73,7 @@ def parser() -> Parser:
     out.add_argument("--preprocessing", choices=["original", "hf"], default="original")
     out.add_argument("--template", choices=[t.name for t in TEMPLATES], help="default: its own")
     out.add_argument("--vision-tower", metavar="DIR", help="for checkpoints in LLaVA's own layout")
+    out.add_argument("--tokenizer", metavar="DIR", help="where the checkpoint lacks its own")
     return out
 
 
