@@ -17,7 +17,6 @@ from focus_jax.generate import (
     Decoding,
     Generator,
     Prefilled,
-    cut_stage,
     rewind,
     room_for,
     run_anew,
@@ -81,7 +80,7 @@ class Chat:
         self.vlm, self.tokenizer, self.template = vlm, tokenizer, template
         self.images, self.sampling = list(images), sampling
         self.turns: list[Turn] = []
-        self._first_cut = cut_stage(vlm.method, len(vlm.decoder.stages))
+        self._first_cut = vlm.method.entry_stage(len(vlm.decoder.stages))
         self._anew = cuts == "anew" and self._first_cut < len(vlm.decoder.stages)
         self._key, self._room = jax.random.key(seed), room_for(sampling.max_new_tokens)
         self._text = 0  # text tokens in the caches of the first stage

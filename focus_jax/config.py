@@ -17,6 +17,7 @@ class VisionConfig:
     output, -2 (LLaVA's) the last but one. `stem="conv"` replaces the linear patch embedding by
     stride-2 convolutions of `stem_widths`, closed by the stride that completes the patch.
     `position_init`: fresh positions are noise, or 2-D sines and cosines (still learned).
+    `class_token`: CLIP has one; towers without it serve the methods that do not ask it.
     """
 
     image_size: int = 336
@@ -31,6 +32,7 @@ class VisionConfig:
     stem: Literal["patch", "conv"] = "patch"
     stem_widths: tuple[int, ...] = (24, 48)
     position_init: Literal["normal", "sincos"] = "normal"
+    class_token: bool = True
     pixel_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     pixel_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 

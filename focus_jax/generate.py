@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
-from focus_jax.compress.method import Context, Method
+from focus_jax.compress.method import Context
 from focus_jax.models.streams import Streams, last_of_prompt, renumber, row_at
 from focus_jax.models.vlm import VLM, Inputs, StageCache
 from focus_jax.sampling import Rules, Sampling, choose
@@ -52,11 +52,6 @@ class Decoding(NamedTuple):
 # ---------------------------------------------------------------------------- prompts
 
 
-def cut_stage(method: Method, stages: int) -> int:
-    """The first decoder stage that begins with a cut; `stages` where none does."""
-    return next((i for i in range(stages) if method.cut_before(i) is not None), stages)
-
-
 def prefill(vlm: VLM, inputs: Inputs, key: Array, room: int, entry: bool = False) -> Prefilled:
     """Run the prompt (one question a sample); caches get room for `room` new rows.
 
@@ -70,11 +65,13 @@ def prefill(vlm: VLM, inputs: Inputs, key: Array, room: int, entry: bool = False
     ctx = Context(key)
     streams = vlm.begin(inputs, vlm.see(inputs, ctx)[0])
     stages = len(vlm.decoder.stages)
-    first = min(cut_stage(vlm.method, stages), stages - 1) if entry else 0
+    first = min(vlm.method.entry_stage(stages), stages - 1) if entry else 0
     slots = streams.visual.shape[1]
-    streams, before, *_ = vlm.decode(streams, range(first), slots, ctx, room)
+    begun = vlm.decode(streams, range(first), slots, ctx, room)
+    streams = begun.streams
     hidden, behind = vlm.last_row(streams, range(first, stages), slots, ctx, room)
-    return Prefilled(vlm.decoder.logits(hidden), before + behind, streams if entry else None)
+    caches = begun.caches + behind
+    return Prefilled(vlm.decoder.logits(hidden), caches, streams if entry else None)
 
 
 def append(
@@ -121,6 +118,7 @@ def anew(
     first, stages = len(caches), len(vlm.decoder.stages)
     rows, before = append(vlm, vlm.decoder.embed(tokens), valid, caches)
     streams = joined(entry, rows, valid, instruction)
+    streams = streams if first else vlm.rated(streams)
     slots, ctx = streams.visual.shape[1], Context(key)
     hidden, behind = vlm.last_row(streams, range(first, stages), slots, ctx, room)
     return Prefilled(vlm.decoder.logits(hidden), before + behind, streams)
@@ -136,8 +134,11 @@ def joined(
         token=behind(s.token, rows),
         token_valid=token_valid,
         token_position=jnp.zeros(token_valid.shape, jnp.int32),
-        instruction=behind(jnp.zeros_like(s.instruction), asks & valid),
-        last=last_of_prompt(token_valid, jnp.zeros_like(token_valid)),
+        instruction=(instruction := behind(jnp.zeros_like(s.instruction), asks & valid)),
+        prompt=token_valid,
+        last=(last := last_of_prompt(token_valid, jnp.zeros_like(token_valid))),
+        starts=last,
+        raters=instruction,
     )
     return renumber(s)
 

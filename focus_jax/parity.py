@@ -180,7 +180,7 @@ def whole_prompt(vlm: VLM, inputs: Inputs) -> tuple[VisualTokens, Streams, Strea
     visual, _ = vlm.see(inputs, ctx)
     entry = vlm.begin(inputs, visual)
     stages = range(len(vlm.decoder.stages))
-    out, *_ = vlm.decode(entry, stages, entry.visual.shape[1], ctx)
+    out = vlm.decode(entry, stages, entry.visual.shape[1], ctx).streams
     score = vlm.decoder.logits
     return visual, entry, out._replace(token=score(out.token), visual=score(out.visual))
 

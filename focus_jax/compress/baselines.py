@@ -1,7 +1,7 @@
 """Baselines that every table needs: full, random, uniform, pool, downsample."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,8 @@ def tile_tokens(views: Views, dims: Dims, selection: Selection | None = None) ->
 @dataclass(frozen=True)
 class Full(VisionStage):
     """Every patch is a token."""
+
+    selects: ClassVar[bool] = False
 
     def tile_slots(self, dims: Dims) -> tuple[int, ...]:
         return (dims.patches,) * dims.tiles

@@ -1,7 +1,8 @@
 """A compression method as a value: a vision stage, and cuts inside the decoder."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from zlib import crc32
 
 import jax
@@ -12,13 +13,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from focus_jax.compress.select import Selection, take, take_values
 
+if TYPE_CHECKING:  # it needs Dims from here
+    from focus_jax.compress.visual_compute import VisualCompute
+
+Raters = Literal["", "text", "instruction"]
+
 
 @dataclass(frozen=True)
 class Dims:
     """The sizes a method needs of the model it is applied to.
 
     `rows`, `cols`: patches of one tile. `tiles` counts the thumbnail. `grids`: the (rows, cols) in
-    which a stitched image's tiles may lie. `layers`: of the decoder.
+    which a stitched image's tiles may lie. `layers`, `heads`, `kv_heads`: of the decoder.
+    `class_token`: whether the tower has one.
     """
 
     rows: int
@@ -29,6 +36,9 @@ class Dims:
     width: int
     layers: int
     newline: bool
+    class_token: bool = True
+    heads: int = 0
+    kv_heads: int = 0
 
     @property
     def patches(self) -> int:
@@ -48,8 +58,10 @@ class Dims:
     def newlines(self, band: int) -> int:
         """The most newlines when a row of the stitched grid is `band` patches high.
 
-        A single view has one, at its end.
+        A single view has one, at its end; `band` 0, an output without a grid, has none.
         """
+        if not band:
+            return 0
         lines = max((rows for rows, _ in self.fitting()), default=0) * (self.rows // band)
         return lines or int(self.newline)
 
@@ -58,6 +70,8 @@ class Dims:
 
         A grid of fewer tiles may have more rows; its newlines then stand in free slots.
         """
+        if not band:
+            return sum(tile_slots)
         needs = (
             sum(tile_slots[: 1 + rows * cols]) + rows * (self.rows // band)
             for rows, cols in self.fitting()
@@ -126,9 +140,13 @@ class Aux(NamedTuple):
 class LayerView(NamedTuple):
     """The arrays of the decoder layer at whose entry a cut stands; questions share the image.
 
-    Queries and keys are rotated, after the layer's own norm. `instruction` marks the user's own
-    words, `last` the last token of the prompt. `after`: how many of the question's tokens stand
-    before a visual token. `entered` counts the valid visual tokens that entered the decoder.
+    Queries and keys are rotated, after the layer's own norm. A cut that looks back gets those of
+    the layer before, from that layer's own input. `visual` and `token` are the rows as they stand
+    at the cut: the embeddings at layer 0. `instruction` marks the user's own words, `prompt` all
+    that is not supervised, `last` the last token of the prompt, `starts` the token before each
+    supervised span (of a prompt: its last), `raters` what the cut's `rate` chose. `after`: how many
+    of the question's tokens stand before a visual token. `entered` counts the valid visual tokens
+    that entered the decoder.
     """
 
     q: Float[Array, "B Q T H K"]
@@ -136,24 +154,54 @@ class LayerView(NamedTuple):
     k_prefix: Float[Array, "B P G K"]
     k_visual: Float[Array, "B V G K"]
     visual: Float[Array, "B V D"]
+    token: Float[Array, "B Q T D"]
     token_valid: Bool[Array, "B Q T"]
     prefix_valid: Bool[Array, "B P"]
     visual_valid: Bool[Array, "B V"]
     after: Int[Array, "B V"]
     instruction: Bool[Array, "B Q T"]
+    prompt: Bool[Array, "B Q T"]
     last: Bool[Array, "B Q T"]
+    starts: Bool[Array, "B Q T"]
+    raters: Bool[Array, "B Q T"]
     entered: Int[Array, " B"]
+
+
+class Entry(NamedTuple):
+    """What stands at the decoder's entry, before any layer: where a cut may choose its raters."""
+
+    visual: Float[Array, "B V D"]
+    visual_valid: Bool[Array, "B V"]
+    token: Float[Array, "B Q T D"]
+    asking: Bool[Array, "B Q T"]
+
+
+class Merged(NamedTuple):
+    """Visual tokens that a cut made of those that leave; they stand behind the kept ones."""
+
+    features: Float[Array, "B Q R D"]
+    valid: Bool[Array, "B Q R"]
+
+
+class Kept(NamedTuple):
+    """What a cut leaves: indices [B Q k] of the visual slots that stay, in order, and new ones."""
+
+    selection: Selection
+    merged: Merged | None = None
 
 
 @dataclass(frozen=True)
 class VisionStage:
     """What happens to the tower's tokens before the projector. Text is never seen here.
 
-    `grid`: run the tower on an image resized to this many patches a side (0: as it comes).
+    `selects`: False where every patch is a token. `grid`: run the tower on an image resized to this many patches a side (0: as it comes).
+    `tile_newline`: where the output has no grid, a newline closes each tile.
     """
 
     learned: ClassVar[bool] = False
+    selects: ClassVar[bool] = True
     grid: ClassVar[int] = 0
+    tile_newline: ClassVar[bool] = False
 
     def requests(self) -> tuple[str, ...]:
         """Names that the tower must hand out (`name@layer`)."""
@@ -167,7 +215,10 @@ class VisionStage:
         raise NotImplementedError
 
     def band(self, dims: Dims) -> int:
-        """Height in patches of a row of the stitched grid that one newline closes."""
+        """Height in patches of a row of the stitched grid that one newline closes.
+
+        0: the output has no grid; tiles stand one behind another, each in its own order.
+        """
         return 1
 
     def init(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module | None:
@@ -186,7 +237,8 @@ class VisionStage:
 
     def slots(self, dims: Dims) -> int:
         """V: slots that enter the decoder, newlines included."""
-        return dims.stitched(self.tile_slots(dims), self.band(dims))
+        band, lines = self.band(dims), dims.tiles * (self.tile_newline and dims.newline)
+        return dims.stitched(self.tile_slots(dims), band) + (0 if band else lines)
 
 
 @dataclass(frozen=True)
@@ -195,11 +247,15 @@ class Cut:
 
     `shared`: one selection for all questions of an image (text is not looked at, or pooled).
     `renumber`: positions become contiguous after the cut; otherwise the kept ones keep theirs.
+    `look_back`: scores come from the layer before. `raters`: which text rows `rate` may choose
+    from ("": it chooses none).
     """
 
     layer: int = 0
     shared: ClassVar[bool] = True
     reads_attention: ClassVar[bool] = False
+    look_back: ClassVar[bool] = False
+    raters: ClassVar[Raters] = ""
     renumber: bool = False
 
     def check(self, dims: Dims, entering: int) -> None:
@@ -207,12 +263,25 @@ class Cut:
         if not 0 <= self.layer < dims.layers:
             raise ValueError(
                 f"{type(self).__name__}: layer {self.layer} is outside the decoder's "
-                f"{dims.layers} layers: use 0..{dims.layers - 1}"
+                f"{dims.layers} layers: use {int(self.look_back)}..{dims.layers - 1}"
             )
 
     def slots(self, entering: int, train: bool = False) -> int:
-        """Slots after the cut when `entering` slots entered the decoder."""
+        """Slots after the cut when `entering` slots entered the decoder; 0: withdrawal."""
         raise NotImplementedError
+
+    def merged_slots(self, entering: int, train: bool = False) -> int:
+        """How many of the slots hold merged tokens."""
+        return 0
+
+    def rate(self, entry: Entry) -> Bool[Array, "B Q T"]:
+        """Text rows that will judge visual tokens, chosen among `entry.asking`."""
+        return entry.asking
+
+    def apply(self, layer: LayerView, slots: int, ctx: Context) -> tuple[Kept, Aux]:
+        """What stays in `slots` slots, merged tokens included."""
+        selection, aux = self.select(layer, slots, ctx)
+        return Kept(selection), aux
 
     def select(self, layer: LayerView, slots: int, ctx: Context) -> tuple[Selection, Aux]:
         """Indices [B Q slots] (Q = 1 when shared) of the visual slots that stay, in order."""
@@ -231,27 +300,69 @@ class Cut:
 
 @dataclass(frozen=True)
 class Method:
-    """A value that the one model executes. Frozen and hashable: a static argument to jit."""
+    """A value that the one model executes. Frozen and hashable: a static argument to jit.
+
+    `compute`: how much of a decoder layer visual rows get; None: all of it.
+    """
 
     name: str
     vision: VisionStage
     cuts: tuple[Cut, ...] = ()
+    compute: "VisualCompute | None" = None
 
     def __post_init__(self) -> None:
         layers = [cut.layer for cut in self.cuts]
         if sorted(set(layers)) != layers:
             raise ValueError(f"method {self.name!r}: cut layers {layers} must rise strictly")
+        for cut in self.cuts:
+            if cut.look_back and cut.layer < 1:
+                raise ValueError(
+                    f"method {self.name!r}: {type(cut).__name__} at layer {cut.layer} ranks by the "
+                    "layer before it: use layer 1 or later"
+                )
+            if cut.merged_slots(MANY) and not cut.renumber:
+                raise ValueError(
+                    f"method {self.name!r}: {type(cut).__name__} makes new tokens, which have no "
+                    "position to keep: set renumber=True"
+                )
+        for first, second in pairwise(self.cuts):
+            if withdraws(first):
+                raise ValueError(
+                    f"method {self.name!r}: {type(first).__name__} withdraws all visual tokens "
+                    f"before layer {first.layer}, which leaves none to {type(second).__name__} at "
+                    f"layer {second.layer}: put the withdrawal last"
+                )
+        if len({cut.raters for cut in self.cuts if cut.raters}) > 1:
+            raise ValueError(f"method {self.name!r}: its cuts choose raters in different ways")
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """Decoder layers at which a new stage begins (a cut at layer 0 begins none)."""
-        return tuple(cut.layer for cut in self.cuts if cut.layer > 0)
+        """Decoder layers at which a new stage begins (a cut at layer 0 begins none).
+
+        A cut that looks back needs the rows at the entry of the layer before it.
+        """
+        begins = {cut.layer for cut in self.cuts}
+        begins |= {cut.layer - 1 for cut in self.cuts if cut.look_back}
+        return tuple(sorted(begins - {0}))
 
     def cut_before(self, stage: int) -> Cut | None:
         """The cut at the entry of decoder stage `stage`."""
-        at_entry = bool(self.cuts) and self.cuts[0].layer == 0
-        index = stage if at_entry else stage - 1
-        return self.cuts[index] if 0 <= index < len(self.cuts) else None
+        begins = (0, *self.bounds)
+        if not 0 <= stage < len(begins):
+            return None
+        return next((cut for cut in self.cuts if cut.layer == begins[stage]), None)
+
+    @property
+    def rater(self) -> Cut | None:
+        """The first cut that chooses raters at the decoder's entry."""
+        return next((cut for cut in self.cuts if cut.raters), None)
+
+    def entry_stage(self, stages: int) -> int:
+        """The first decoder stage whose entry the cuts look at; `stages` where there is no cut."""
+        if self.rater is not None:
+            return 0
+        cuts = ((i, self.cut_before(i)) for i in range(stages))
+        return next((i - cut.look_back for i, cut in cuts if cut is not None), stages)
 
     def check(self, dims: Dims) -> "Method":
         """This method, or a ValueError that says why it cannot run on these sizes."""
@@ -259,6 +370,8 @@ class Method:
         entering = self.vision.slots(dims)
         for cut in self.cuts:
             cut.check(dims, entering)
+        if self.compute is not None:
+            self.compute.check(dims)
         return self
 
     def stage_slots(self, dims: Dims, train: bool = False) -> tuple[int, ...]:
@@ -270,6 +383,32 @@ class Method:
             current = current if cut is None else min(cut.slots(entering, train), current)
             out.append(current)
         return tuple(out)
+
+
+MANY = 1 << 12  # visual tokens: more than one image's, so that a share of them is not 0
+
+
+def withdraws(cut: Cut) -> bool:
+    """Whether no visual token is left behind a cut, whatever entered."""
+    return cut.slots(MANY) == 0
+
+
+def compose(*methods: Method) -> Method:
+    """One method that does what all of them do: `compose(prumerge_plus(), fastv())`.
+
+    ValueError for two vision stages, two kinds of visual compute, cuts at one layer, or a cut that
+    another one leaves nothing to.
+    """
+    name = "+".join(method.name for method in methods)
+    visions = [m.vision for m in methods if m.vision.selects]
+    computes = [m.compute for m in methods if m.compute is not None]
+    for what, found in (("vision stages", visions), ("kinds of visual compute", computes)):
+        if len(found) > 1:
+            kinds = ", ".join(type(part).__name__ for part in found)
+            raise ValueError(f"method {name!r} has {len(found)} {what} ({kinds}): one can stand")
+    cuts = sorted((cut for m in methods for cut in m.cuts), key=lambda cut: cut.layer)
+    vision = visions[0] if visions else methods[0].vision
+    return Method(name, vision, tuple(cuts), computes[0] if computes else None)
 
 
 def empty_aux() -> Aux:
@@ -293,11 +432,14 @@ def patch_centres(rows: int, cols: int) -> np.ndarray:
     return np.moveaxis(np.mgrid[:rows, :cols], 0, -1).reshape(-1, 2).astype(np.float32)
 
 
-def stitch(groups: list[TileTokens], views: Views, dims: Dims, band: int) -> VisualTokens:
+def stitch(
+    groups: list[TileTokens], views: Views, dims: Dims, band: int, tile_newline: bool = False
+) -> VisualTokens:
     """Lay the tiles' tokens out in reading order: thumbnail, then the stitched grid by bands.
 
-    Each band with a valid row is closed by a newline slot. A group covers consecutive tiles;
-    together they cover all. Padding ends up behind.
+    Each band with a valid row is closed by a newline slot. Without a grid (`band` 0) tiles stand
+    one behind another, closed by a newline each with `tile_newline`. A group covers consecutive
+    tiles; together they cover all. Padding ends up behind.
     """
     flat, first = [], 0
     tile_slots: tuple[int, ...] = ()
@@ -308,8 +450,10 @@ def stitch(groups: list[TileTokens], views: Views, dims: Dims, band: int) -> Vis
     parts = [jnp.concatenate(column, axis=1) for column in zip(*flat, strict=True)]
     features, valid, centre, side, view, key = parts
     newline = jnp.zeros(valid.shape, bool)
-    if count := dims.newlines(band):
-        extra, extra_key = newlines(views, dims, band, count)
+    per_tile = not band and tile_newline and dims.newline
+    if count := dims.tiles if per_tile else dims.newlines(band):
+        ends = tile_ends(views) if per_tile else newlines(views, dims, band, count)
+        extra, extra_key = ends
         pad = [(0, 0), (0, count)]
         features = jnp.pad(features, [*pad, (0, 0)])
         centre, side = jnp.pad(centre, [*pad, (0, 0)]), jnp.pad(side, pad)
@@ -317,7 +461,7 @@ def stitch(groups: list[TileTokens], views: Views, dims: Dims, band: int) -> Vis
         valid = jnp.concatenate([valid, extra], axis=1)
         key = jnp.concatenate([key, extra_key], axis=1)
     order = jnp.argsort(jnp.where(valid, key, jnp.iinfo(jnp.int32).max), axis=1, stable=True)
-    order = order[:, : dims.stitched(tile_slots, band)]
+    order = order[:, : dims.stitched(tile_slots, band) + (count if per_tile else 0)]
     return gather_tokens(
         VisualTokens(features, valid, centre, side, view, newline), Selection(order, order >= 0)
     )
@@ -329,9 +473,12 @@ def place(group: TileTokens, views: Views, dims: Dims, band: int, first: int) ->
     origin = views.origin[:, first : first + m]
     view = jnp.broadcast_to(jnp.arange(first, first + m, dtype=jnp.int32)[:, None], (b, m, k))
     centre = group.centre + origin[:, :, None].astype(jnp.float32)
-    row = jnp.floor((centre[..., 0] + 0.5) / band).astype(jnp.int32)
-    key = row * KEY_BAND + origin[:, :, None, 1]
-    key = jnp.where((view == 0) & (dims.tiles > 1), -1, key)
+    if band:
+        row = jnp.floor((centre[..., 0] + 0.5) / band).astype(jnp.int32)
+        key = row * KEY_BAND + origin[:, :, None, 1]
+        key = jnp.where((view == 0) & (dims.tiles > 1), -1, key)
+    else:
+        key = view * KEY_BAND
     flat = lambda a: a.reshape(b, m * k, *a.shape[3:])  # noqa: E731
     return tuple(flat(a) for a in (group.features, group.valid, centre, group.side, view, key))
 
@@ -348,6 +495,13 @@ def newlines(views: Views, dims: Dims, band: int, count: int) -> tuple[Array, Ar
     bands = jnp.where(views.row_valid[:, 1:], rows // band, -1)
     index = jnp.arange(count)
     present = (bands[..., None] == index).any(axis=(1, 2))
+    return present, jnp.broadcast_to(index * KEY_BAND + KEY_BAND - 1, present.shape)
+
+
+def tile_ends(views: Views) -> tuple[Array, Array]:
+    """Which tiles hold anything [B M], and the sort keys of what closes them."""
+    present = views.row_valid.any(-1)
+    index = jnp.arange(present.shape[1], dtype=jnp.int32)
     return present, jnp.broadcast_to(index * KEY_BAND + KEY_BAND - 1, present.shape)
 
 

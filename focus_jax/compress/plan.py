@@ -328,7 +328,7 @@ def layer_elementwise(sizes: Sizes, rows: int) -> float:
 def tower_flops(method: Method, dims: Dims, sizes: Sizes) -> tuple[float, float]:
     """Products and element-wise operations of the tower for all tiles, requests included."""
     grid, c = method.vision.grid or dims.rows, sizes.tower_width
-    rows, layers = grid**2 + 1, tower_layers(method, sizes)
+    rows, layers = grid**2 + dims.class_token, tower_layers(method, sizes)
     layer = 2.0 * rows * (4 * c**2 + 2 * c * sizes.tower_mlp) + 4.0 * rows**2 * c
     each = 2 * LAYER_NORM * c + 7 * c + sizes.tower_mlp * (ACTIVATION[sizes.tower_activation] + 1)
     elementwise = rows * each + SOFTMAX * sizes.tower_heads * rows**2
@@ -369,6 +369,7 @@ def requested_flops(method: Method, sizes: Sizes, rows: int) -> float:
         "queries": 2.0 * rows * c**2,
         "keys": 2.0 * rows * c**2,
         "cls_attention": 2.0 * (rows + 1) * c**2 + 2.0 * rows * c,
+        "cls_query": 2.0 * c**2,
         "hidden": 0.0,
     }
     return sum(price[name] for name, _ in requested(method, sizes))

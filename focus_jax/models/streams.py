@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from focus_jax.compress.method import Kept, Merged
 from focus_jax.compress.select import Selection, permute, take, take_values
 from focus_jax.models.attention import Rows
 
@@ -15,8 +16,10 @@ class Streams(NamedTuple):
 
     Everything carries validity and rotary positions. `slot` is the index of a visual token among
     those that entered the decoder; `entered` how many valid ones did. `after`: how many of the
-    question's tokens stand before a visual token (0: the image is in front). `instruction` marks
-    the user's own words, `last` the prompt's last token.
+    question's tokens stand before a visual token (0: the image is in front). `centre` (row, col in
+    patches), `view` (counted over all images) and `newline` tell where it lies in its image.
+    `instruction` marks the user's own words, `prompt` what is not supervised, `last` the prompt's
+    last token, `starts` the token before each supervised span, `raters` the rows that judge.
     """
 
     prefix: Float[Array, "B P D"]
@@ -27,11 +30,17 @@ class Streams(NamedTuple):
     visual_position: Int[Array, "B V"]
     slot: Int[Array, "B V"]
     after: Int[Array, "B V"]
+    centre: Float[Array, "B V 2"]
+    view: Int[Array, "B V"]
+    newline: Bool[Array, "B V"]
     token: Float[Array, "B Q T D"]
     token_valid: Bool[Array, "B Q T"]
     token_position: Int[Array, "B Q T"]
     instruction: Bool[Array, "B Q T"]
+    prompt: Bool[Array, "B Q T"]
     last: Bool[Array, "B Q T"]
+    starts: Bool[Array, "B Q T"]
+    raters: Bool[Array, "B Q T"]
     entered: Int[Array, " B"]
 
 
@@ -118,17 +127,53 @@ def unpack(s: Streams, packed: Packed, hidden: Float[Array, "B S D"]) -> Streams
     )
 
 
-def select_visual(s: Streams, selection: Selection) -> Streams:
+def select_visual(s: Streams, kept: Kept) -> Streams:
     """Keep the selected visual tokens [B 1 k], or [B Q k]: then each question becomes a sample."""
-    if selection.index.shape[1] > 1:
+    if kept.selection.index.shape[1] > 1:
         s = fold(s)
-    flat = Selection(*(a.reshape(-1, a.shape[-1]) for a in selection))
-    return s._replace(
+    flat = Selection(*(a.reshape(len(s.visual), a.shape[-1]) for a in kept.selection))
+    if not flat.index.shape[-1] and kept.merged is None:
+        return withdraw_visual(s)
+    s = s._replace(
         visual=take(s.visual, flat),
         visual_valid=take_values(s.visual_valid, flat, False),
         visual_position=take_values(s.visual_position, flat, 0),
         slot=take_values(s.slot, flat, 0),
         after=take_values(s.after, flat, 0),
+        centre=take(s.centre, flat),
+        view=take_values(s.view, flat, 0),
+        newline=take_values(s.newline, flat, False),
+    )
+    return s if kept.merged is None else add_merged(s, kept.merged)
+
+
+VISUAL = (
+    "visual", "visual_valid", "visual_position", "slot", "after", "centre", "view", "newline",
+)  # fmt: skip
+
+
+def withdraw_visual(s: Streams) -> Streams:
+    """No visual tokens any more; the others stay as they are."""
+    return s._replace(**{name: getattr(s, name)[:, :0] for name in VISUAL})
+
+
+def add_merged(s: Streams, merged: Merged) -> Streams:
+    """New visual tokens behind the others: in the place and the view of the last one, at the mean
+    of their centres. They need new positions."""
+    features = merged.features.reshape(-1, *merged.features.shape[2:])
+    valid = merged.valid.reshape(features.shape[:2])
+    spread = lambda a: jnp.broadcast_to(a[:, None], (*valid.shape, *a.shape[1:]))  # noqa: E731
+    last = lambda a: jnp.where(s.visual_valid, a, 0).max(-1)  # noqa: E731
+    count = jnp.maximum(s.visual_valid.sum(-1, keepdims=True), 1)
+    centre = jnp.where(s.visual_valid[..., None], s.centre, 0).sum(1) / count
+    new = {
+        "visual": features.astype(s.visual.dtype), "visual_valid": valid,
+        "visual_position": jnp.zeros(valid.shape, s.visual_position.dtype),
+        "slot": spread(last(s.slot)), "after": spread(last(s.after)), "centre": spread(centre),
+        "view": spread(last(s.view)), "newline": jnp.zeros(valid.shape, bool),
+    }  # fmt: skip
+    return s._replace(
+        **{name: jnp.concatenate([getattr(s, name), a], axis=1) for name, a in new.items()}
     )
 
 
@@ -139,7 +184,10 @@ def fold(s: Streams) -> Streams:
     def repeat(a: Array) -> Array:
         return jnp.broadcast_to(a[:, None], (b, q, *a.shape[1:])).reshape(b * q, *a.shape[1:])
 
-    question = {"token", "token_valid", "token_position", "instruction", "last"}
+    question = {
+        "token", "token_valid", "token_position", "instruction", "prompt", "last", "starts",
+        "raters",
+    }  # fmt: skip
     return Streams(
         **{
             name: a.reshape(b * q, 1, *a.shape[2:]) if name in question else repeat(a)
@@ -157,6 +205,15 @@ def last_of_prompt(
     start = jnp.where(starts, index, -1).max(-1)
     end = jnp.where(start > 0, start - 1, jnp.where(valid, index, -1).max(-1))
     return index == end[..., None]
+
+
+def before_spans(
+    valid: Bool[Array, "B Q T"], label: Bool[Array, "B Q T"]
+) -> Bool[Array, "B Q T"]:
+    """Marks the token before each supervised span; without one, the last valid token."""
+    following = jnp.pad(label, [(0, 0), (0, 0), (0, 1)])[..., 1:]
+    before = following & ~label & valid
+    return jnp.where(before.any(-1, keepdims=True), before, last_of_prompt(valid, label))
 
 
 def row_at(x: Float[Array, "B T D"], mark: Bool[Array, "B T"]) -> Float[Array, "B D"]:

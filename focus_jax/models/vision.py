@@ -97,7 +97,9 @@ class VisionTower(nnx.Module):
     `feature_layer`), and for each requested `name@layer`:
     `cls_attention@l` [B H N] (softmax over class token and patches, class column dropped),
     `queries@l`, `keys@l` [B 1+N C] (with bias, before scaling; class token first),
-    `hidden@l` [B 1+N C] (the layer's input). Layers count from 0; negative from the end.
+    `cls_query@l` [B 1 C] (the class token's row of the queries),
+    `hidden@l` [B 1+N C] (the layer's input). Without a class token there is no row before the
+    patches. Layers count from 0; negative from the end.
     """
 
     def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
@@ -124,11 +126,12 @@ class VisionTower(nnx.Module):
                 rngs=rngs,
             )
         )
-        self.class_token = normal(cfg.width)
-        self.position = normal(1 + cfg.patches, cfg.width)
+        self.class_token = normal(cfg.width) if cfg.class_token else None
+        self.lead = int(cfg.class_token)  # rows before the patches
+        self.position = normal(self.lead + cfg.patches, cfg.width)
         if cfg.position_init == "sincos":
             waves = jnp.asarray(0.5 * sincos_2d(cfg.grid, cfg.width), kw["param_dtype"])
-            self.position[...] = self.position[...].at[1:].set(waves)
+            self.position[...] = self.position[...].at[self.lead :].set(waves)
         self.pre_norm = nnx.LayerNorm(cfg.width, epsilon=cfg.norm_eps, **kw, rngs=rngs)
         kw_layer = kw | {"attend_by_heads": model.attention == "blocked"}
         self.layers = jax.vmap(lambda key: VisionLayer(cfg, **kw_layer, rngs=nnx.Rngs(key)))(
@@ -149,11 +152,13 @@ class VisionTower(nnx.Module):
         b, rows, cols, c = patches.shape
         position = self.position[...].astype(self.dtype)
         if (rows, cols) != (cfg.grid, cfg.grid):
-            grid = position[1:].reshape(cfg.grid, cfg.grid, c)
+            grid = position[self.lead :].reshape(cfg.grid, cfg.grid, c)
             grid = jax.image.resize(grid, (rows, cols, c), "bicubic").reshape(rows * cols, c)
-            position = jnp.concatenate([position[:1], grid])
-        token = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (b, 1, c))
-        x = jnp.concatenate([token, patches.reshape(b, rows * cols, c)], axis=1)
+            position = jnp.concatenate([position[: self.lead], grid])
+        x = patches.reshape(b, rows * cols, c)
+        if self.class_token is not None:
+            token = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (b, 1, c))
+            x = jnp.concatenate([token, x], axis=1)
         return self.pre_norm(x + position)
 
     def run(self, x: Float[Array, "B M C"], first: int, last: int) -> Float[Array, "B M C"]:
@@ -174,7 +179,7 @@ class VisionTower(nnx.Module):
         for layer in asked:
             x, at = self.run(x, at, layer), layer
             if layer == self.cfg.depth:
-                out["features"] = x[:, 1:]
+                out["features"] = x[:, self.lead :]
             for request in requests:
                 if request_layer(request, self.cfg.layers) == layer:
                     out[request] = self.hand_out(request.split("@")[0], layer, x)
@@ -182,6 +187,8 @@ class VisionTower(nnx.Module):
 
     def hand_out(self, name: str, layer: int, x: Float[Array, "B M C"]) -> Array:
         """One requested array of `layer`, whose input is `x`."""
+        if name.startswith("cls_") and not self.lead:
+            raise ValueError(f"{name}@{layer}: this tower has no class token")
         if name == "hidden":
             return x
         block = jax.tree.map(lambda a: a[layer], self.layers)
@@ -190,12 +197,14 @@ class VisionTower(nnx.Module):
             return block.k(y)
         if name == "queries":
             return block.q(y)
+        if name == "cls_query":
+            return block.q(y[:, :1])
         q, k = block.split(block.q(y[:, :1])), block.split(block.k(y))
         logits = jnp.einsum("bihd,bjhd->bhj", q, k, preferred_element_type=jnp.float32)
         return softmax(logits * q.shape[-1] ** -0.5)[..., 1:]
 
 
-HANDED_OUT = ("cls_attention", "queries", "keys", "hidden")
+HANDED_OUT = ("cls_attention", "cls_query", "queries", "keys", "hidden")
 
 
 def request_layer(request: str, layers: int) -> int:

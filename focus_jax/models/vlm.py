@@ -13,6 +13,7 @@ from focus_jax.compress.method import (
     Context,
     Cut,
     Dims,
+    Entry,
     LayerView,
     Method,
     Views,
@@ -30,6 +31,7 @@ from focus_jax.models.projector import Projector
 from focus_jax.models.streams import (
     Packed,
     Streams,
+    before_spans,
     last_of_prompt,
     pack,
     renumber,
@@ -92,12 +94,23 @@ class Output(NamedTuple):
     importance: tuple[tuple[Array, Array], ...]
 
 
+class Decoded(NamedTuple):
+    """Streams behind some decoder stages; `entry` is what the last of them ran on."""
+
+    streams: Streams
+    caches: tuple[StageCache, ...]
+    aux: Aux
+    importance: tuple[tuple[Array, Array], ...]
+    entry: Streams | None
+
+
 def dims_of(cfg: ModelConfig, tiles: int) -> Dims:
     """What a method needs to know of a model, for images of `tiles` tiles."""
     return Dims(
         rows=cfg.vision.grid, cols=cfg.vision.grid, tiles=tiles, grids=cfg.grids,
         vision_width=cfg.vision.width, width=cfg.decoder.width, layers=cfg.decoder.layers,
-        newline=cfg.image_newline,
+        newline=cfg.image_newline, class_token=cfg.vision.class_token,
+        heads=cfg.decoder.heads, kv_heads=cfg.decoder.kv_heads,
     )  # fmt: skip
 
 
@@ -156,12 +169,15 @@ class VLM(nnx.Module):
         groups, aux = stage.apply(
             views, dims, module, self.projector, ctx._replace(key=block_key(ctx, "vision"))
         )
-        tokens = stitch(groups, views, dims, stage.band(dims))
+        tokens = stitch(groups, views, dims, stage.band(dims), stage.tile_newline)
         features = self.projector(tokens.features)
         if self.image_newline is not None:
             line = self.image_newline[...].astype(features.dtype)
             features = jnp.where(tokens.newline[..., None], line, features)
-        tokens = tokens._replace(features=features)
+        images = tokens.valid.shape[0] // b
+        number = jnp.arange(tokens.valid.shape[0], dtype=jnp.int32) % images
+        view = tokens.view + dims.tiles * number[:, None]
+        tokens = tokens._replace(features=features, view=view)
         return jax.tree.map(lambda a: a.reshape(b, -1, *a.shape[2:]), tokens), aux
 
     def look(self, inputs: Inputs) -> Views:
@@ -197,6 +213,7 @@ class VLM(nnx.Module):
         b, v = visual.valid.shape
         zeros = partial(jnp.zeros, dtype=jnp.int32)
         at = zeros((b, 1)) if inputs.image_at is None else inputs.image_at
+        instruction = inputs.instruction & inputs.token_valid
         streams = renumber(
             Streams(
                 prefix=self.decoder.embed(inputs.prefix),
@@ -207,18 +224,37 @@ class VLM(nnx.Module):
                 visual_position=zeros((b, v)),
                 slot=jnp.broadcast_to(jnp.arange(v, dtype=jnp.int32), (b, v)),
                 after=jnp.repeat(at, v // at.shape[1], axis=1),
+                centre=visual.centre,
+                view=visual.view,
+                newline=visual.newline,
                 token=self.decoder.embed(inputs.tokens),
                 token_valid=inputs.token_valid,
                 token_position=zeros(inputs.tokens.shape),
-                instruction=inputs.instruction & inputs.token_valid,
+                instruction=instruction,
+                prompt=inputs.token_valid & ~inputs.label,
                 last=last_of_prompt(inputs.token_valid, inputs.label),
+                starts=before_spans(inputs.token_valid, inputs.label),
+                raters=instruction,
                 entered=visual.valid.sum(-1, dtype=jnp.int32),
             )
         )
+        streams = self.rated(streams)
         return streams if places is None else spread(streams, places)
 
-    def layer_view(self, s: Streams, stage: int) -> LayerView:
-        """Queries and keys of the stage's first layer, for a cut at its entry."""
+    def rated(self, s: Streams) -> Streams:
+        """Streams at the decoder's entry with the raters that the method's cuts choose."""
+        cut = self.method.rater
+        if cut is None:
+            return s
+        asking = s.prompt if cut.raters == "text" else s.instruction
+        return s._replace(raters=cut.rate(Entry(s.visual, s.visual_valid, s.token, asking)))
+
+    def layer_view(self, s: Streams, stage: int, now: Streams | None = None) -> LayerView:
+        """Queries and keys of the stage's first layer, for a cut at its entry.
+
+        For a cut that looks back, `s` is what that layer ran on and `now` what stands at the cut.
+        """
+        now = s if now is None else now
         layer, cfg = self.decoder.first_layer(stage), self.decoder.cfg
         b, q, t, d = s.token.shape
 
@@ -232,20 +268,32 @@ class VLM(nnx.Module):
             k=by_question(project(token, at, layer.k)),
             k_prefix=project(s.prefix, s.prefix_position, layer.k),
             k_visual=project(s.visual, s.visual_position, layer.k),
-            visual=s.visual, token_valid=s.token_valid, prefix_valid=s.prefix_valid,
-            visual_valid=s.visual_valid, after=s.after, instruction=s.instruction, last=s.last,
-            entered=s.entered,
+            visual=now.visual, token=now.token, token_valid=s.token_valid,
+            prefix_valid=s.prefix_valid, visual_valid=s.visual_valid, after=s.after,
+            instruction=s.instruction, prompt=s.prompt, last=s.last, starts=s.starts,
+            raters=s.raters, entered=s.entered,
         )  # fmt: skip
 
-    def cut(self, s: Streams, stage: int, entering: int, ctx: Context) -> tuple[Streams, Aux]:
-        """Apply the method's cut at the entry of `stage`, if there is one."""
+    def cut(
+        self, s: Streams, stage: int, entering: int, ctx: Context, before: Streams | None = None
+    ) -> tuple[Streams, Aux]:
+        """Apply the method's cut at the entry of `stage`, if there is one.
+
+        `before`: the streams that the stage before it ran on, for a cut that looks back.
+        """
         cut: Cut | None = self.method.cut_before(stage)
         if cut is None:
             return s, empty_aux()
         slots = min(cut.slots(entering, ctx.train), s.visual.shape[1])
         ctx = ctx._replace(key=block_key(ctx, f"cut{cut.layer}"))
-        selection, aux = cut.select(self.layer_view(s, stage), slots, ctx)
-        s = select_visual(s, selection)
+        if not cut.look_back:
+            view = self.layer_view(s, stage)
+        elif before is not None:
+            view = self.layer_view(before, stage - 1, now=s)
+        else:
+            raise ValueError(f"the cut at layer {cut.layer} looks back: run the stage before it")
+        kept, aux = cut.apply(view, slots, ctx)
+        s = select_visual(s, kept)
         named = Aux(*({f"{k}@{cut.layer}": v for k, v in part.items()} for part in aux))
         return (renumber(s) if cut.renumber else s), named
 
@@ -272,10 +320,11 @@ class VLM(nnx.Module):
             visual, aux = self.see(inputs, ctx)
         s = self.begin(inputs, visual, places)
         every = range(len(self.decoder.stages))
-        s, caches, more, importance = self.decode(s, every, s.visual.shape[1], ctx, keep, observe)
-        b, q, t, d = s.token.shape
-        hidden = s.token.reshape(b * q, t, d)
-        return Output(hidden, s, caches, visual, merge_aux(aux, more), importance)
+        out = self.decode(s, every, s.visual.shape[1], ctx, keep, observe)
+        b, q, t, d = out.streams.token.shape
+        hidden = out.streams.token.reshape(b * q, t, d)
+        aux = merge_aux(aux, out.aux)
+        return Output(hidden, out.streams, out.caches, visual, aux, out.importance)
 
     def decode(
         self,
@@ -285,12 +334,13 @@ class VLM(nnx.Module):
         ctx: Context,
         keep: int = 0,
         observe: bool = False,
-    ) -> tuple[Streams, tuple[StageCache, ...], Aux, tuple[tuple[Array, Array], ...]]:
+    ) -> Decoded:
         """Run decoder stages, each behind its cut; `entering` slots entered the decoder."""
         aux, caches, importance = empty_aux(), [], []
+        ran: Streams | None = None
         for stage in stages:
-            s, more = self.cut(s, stage, entering, ctx)
-            aux = merge_aux(aux, more)
+            s, more = self.cut(s, stage, entering, ctx, ran)
+            aux, ran = merge_aux(aux, more), s
             packed = pack(s)
             watch = watcher(s, packed) if observe else None
             hidden, kv, seen = self.decoder.run(
@@ -301,17 +351,17 @@ class VLM(nnx.Module):
                 caches.append(make_cache(kv, packed, keep))
             if seen is not None:
                 importance.append((seen_by_visual(seen, packed, s), s.slot))
-        return s, tuple(caches), aux, tuple(importance)
+        return Decoded(s, tuple(caches), aux, tuple(importance), ran)
 
     def last_row(
         self, s: Streams, stages: range, entering: int, ctx: Context, room: int
     ) -> tuple[Float[Array, "B D"], tuple[StageCache, ...]]:
         """Run decoder stages up to the last for what follows a prompt: one row a sample."""
-        s, caches, *_ = self.decode(s, stages[:-1], entering, ctx, room)
-        s, _ = self.cut(s, stages[-1], entering, ctx)
+        out = self.decode(s, stages[:-1], entering, ctx, room)
+        s, _ = self.cut(out.streams, stages[-1], entering, ctx, out.entry)
         packed = pack(s)
         hidden, kv = self.decoder.run_last(stages[-1], packed.hidden, packed.position, packed.rows)
-        return hidden, (*caches, make_cache(kv, packed, room))
+        return hidden, (*out.caches, make_cache(kv, packed, room))
 
 
 def make_cache(kv: Cache, packed: Packed, room: int) -> StageCache:

@@ -4,8 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from focus_jax.compress.method import Kept, Merged
 from focus_jax.compress.select import Selection
 from focus_jax.models.streams import (
+    VISUAL,
     Streams,
     fold,
     last_of_prompt,
@@ -33,10 +35,16 @@ def streams() -> Streams:
         visual_position=jnp.zeros((B, V), jnp.int32),
         slot=jnp.broadcast_to(jnp.arange(V), (B, V)),
         after=jnp.zeros((B, V), jnp.int32),
+        centre=jnp.asarray(rng.standard_normal((B, V, 2))),
+        view=jnp.asarray([[0, 0, 1, 1], [0, 1, 1, 2]]),
+        newline=jnp.asarray([[False, False, False, True], [False, True, False, True]]),
         token=jnp.asarray(rng.standard_normal((B, Q, T, D))),
         token_valid=jnp.asarray(token_valid),
         token_position=jnp.zeros((B, Q, T), jnp.int32),
         instruction=jnp.asarray(token_valid),
+        prompt=jnp.asarray(token_valid),
+        starts=jnp.asarray(token_valid),
+        raters=jnp.asarray(token_valid),
         last=last_of_prompt(jnp.asarray(token_valid), jnp.zeros((B, Q, T), bool)),
         entered=jnp.asarray([3, 2]),
     )
@@ -100,30 +108,56 @@ def test_fold_repeats_what_is_shared(streams):
     s = fold(streams)
     for i, (b, q) in enumerate(np.ndindex(B, Q)):
         for name, array in streams._asdict().items():
-            own = name in ("token", "token_valid", "token_position", "instruction", "last")
+            own = array.shape[:3] == (B, Q, T)
             want = array[b, q][None] if own else array[b]
             np.testing.assert_array_equal(getattr(s, name)[i], want, err_msg=name)
 
 
 def test_shared_selection_keeps_positions(streams):
-    kept = select_visual(
-        streams,
-        Selection(
-            jnp.asarray([[[0, 3]], [[3, 0]]]), jnp.asarray([[[True, True]], [[True, False]]])
-        ),
-    )
+    index = jnp.asarray([[[0, 3]], [[3, 0]]])
+    valid = jnp.asarray([[[True, True]], [[True, False]]])
+    kept = select_visual(streams, Kept(Selection(index, valid)))
     np.testing.assert_array_equal(kept.visual[0], streams.visual[0, [0, 3]])
     assert kept.visual_position[0].tolist() == streams.visual_position[0, [0, 3]].tolist()
     assert kept.slot.tolist() == [[0, 3], [3, 0]]
     assert kept.visual_valid.tolist() == [[True, True], [True, False]]
+    np.testing.assert_array_equal(kept.centre[0], streams.centre[0, [0, 3]])
+    assert kept.view.tolist() == [[0, 1], [2, 0]]
+    assert kept.newline.tolist() == [[False, True], [True, False]]
     assert kept.token is streams.token
     assert kept.entered.tolist() == [3, 2]
+
+
+def test_a_withdrawal_leaves_text_where_it_was(streams):
+    nothing = jnp.zeros((B, 1, 0), jnp.int32)
+    left = select_visual(streams, Kept(Selection(nothing, nothing > 0)))
+    for name in VISUAL:
+        assert getattr(left, name).shape[:2] == (B, 0), name
+    np.testing.assert_array_equal(left.token_position, streams.token_position)
+    packed = pack(left)
+    assert packed.rows.length.tolist() == [2 + 4, 1 + 2]
+    assert renumber(left).token_position[0, 0].tolist() == [2, 3, 4]
+
+
+def test_merged_tokens_stand_behind_the_kept_ones(streams):
+    index, valid = jnp.asarray([[[0]], [[3]]]), jnp.ones((B, 1, 1), bool)
+    new = jnp.asarray(np.arange(B * 2 * D).reshape(B, 1, 2, D), float)
+    new_valid = jnp.asarray([[[True, True]], [[True, False]]])
+    s = renumber(select_visual(streams, Kept(Selection(index, valid), Merged(new, new_valid))))
+    assert s.visual.shape == (B, 3, D)
+    np.testing.assert_array_equal(s.visual[:, 1:], new[:, 0])
+    assert s.visual_valid.tolist() == [[True, True, True], [True, True, False]]
+    assert where(s.visual_valid[0], s.visual_position[0]) == [2, 3, 4]
+    assert where(s.visual_valid[1], s.visual_position[1]) == [1, 2]
+    assert where(s.token_valid[0, 0], s.token_position[0, 0]) == [5, 6, 7]
+    np.testing.assert_allclose(s.centre[0, 1:], jnp.stack([streams.centre[0, 0]] * 2), atol=1e-6)
+    assert not s.newline[:, 1:].any()
 
 
 def test_selection_of_each_question_folds(streams):
     index = jnp.asarray([[[0, 2], [2, 3]], [[1, 3], [3, 0]]])
     valid = jnp.asarray([[[True, True], [True, True]], [[True, True], [True, False]]])
-    kept = select_visual(streams, Selection(index, valid))
+    kept = select_visual(streams, Kept(Selection(index, valid)))
     assert kept.token.shape == (B * Q, 1, T, D)
     for i, (b, q) in enumerate(np.ndindex(B, Q)):
         want = np.where(valid[b, q][:, None], streams.visual[b, index[b, q]], 0)
