@@ -9,8 +9,11 @@ from importlib import import_module
 # Each is a module of focus_jax.cli with a `main`; imported when asked for, so that help is quick.
 COMMANDS = {
     "bench": "speed and memory beside transformers, and of a text-guided cut",
+    "calibrate": "the layer at which visual tokens may go, the heads that need them; from samples",
     "chat": "ask a checkpoint about photos; answers are streamed",
+    "compare": "every method on one checkpoint at equal mean tokens, with intervals",
     "demo": "train the embedded job, compare all methods, write tables and pictures",
+    "golden": "our code on recorded outputs of official code, array by array",
     "grid": "train and evaluate every combination of configs, settings and methods",
     "parity": "compare a checkpoint here with transformers, number by number",
     "plan": "what a method costs on a model: slots, operations, cache bytes; runs nothing",
@@ -27,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line up to the command's name."""
-    lines = [f"  {name:<8}{what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
     lines.append("each has its own --help; to train and to score a run: train.py, eval.py")
     out = argparse.ArgumentParser(
         "focus_jax",

@@ -36,13 +36,21 @@ class TextSampler(TextGuided):
 
 @dataclass(frozen=True)
 class CompressConfig:
-    """FocusLLaVA's samplers as flat flags; a `Method` is built from it."""
+    """FocusLLaVA's samplers as flat flags; a `Method` is built from it.
+
+    `method`: another method by its name on a command line, such as `prumerge:ratio=0.125`.
+    """
 
     vision: VisionSampler = field(default_factory=VisionSampler)
     text: TextSampler = field(default_factory=lambda: TextSampler(layer=16))
+    method: str = ""
 
     def value(self) -> Method:
-        """The method: both samplers, one, or neither (full tokens)."""
+        """The named method; otherwise both samplers, one, or neither (full tokens)."""
+        if self.method:
+            from focus_jax.methods import parse_method  # it reads samplers from here
+
+            return parse_method(self.method, self)
         vision = VisionGuided(**parent_fields(self.vision, VisionGuided))
         text = TextGuided(**parent_fields(self.text, TextGuided))
         return focusllava(

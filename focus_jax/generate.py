@@ -86,8 +86,10 @@ def append(
     steps, count = jnp.arange(rows.shape[1]), valid.sum(-1, dtype=jnp.int32)
     for stage, cache in enumerate(caches, first):
         position = cache.position[:, None] + steps
-        rows, kv = vlm.decoder.step(stage, rows, position, cache.kv, cache.length)
-        grown.append(StageCache(kv, cache.length + count, cache.position + count))
+        lacking = vlm.lacking(stage)
+        absent = None if cache.visual is None or lacking is None else (cache.visual, lacking)
+        rows, kv = vlm.decoder.step(stage, rows, position, cache.kv, cache.length, absent)
+        grown.append(StageCache(kv, cache.length + count, cache.position + count, cache.visual))
     return rows, tuple(grown)
 
 
@@ -145,7 +147,7 @@ def joined(
 
 def rewind(caches: Caches, rows: Int[Array, " B"]) -> Caches:
     """Forget the last `rows` valid rows of each sample."""
-    return tuple(StageCache(c.kv, c.length - rows, c.position - rows) for c in caches)
+    return tuple(c._replace(length=c.length - rows, position=c.position - rows) for c in caches)
 
 
 def with_room(caches: Caches, room: int) -> Caches:

@@ -1,36 +1,59 @@
-"""Compression methods by their names on a command line: `pool:size=8`, `focusllava:text.keep=0.1`.
+"""Compression methods by their names on a command line: `prumerge_plus+fastv:keep=0.5`.
 
-A method is a function; its arguments are checked against the function's signature.
+A method is a function; its arguments are checked against the function's signature. A module of
+`compress/` lists its functions as `METHODS`; a line in `MODULES` makes them known here, as
+`focus_jax.methods.NAME` too.
 """
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from types import ModuleType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from focus_jax.compress.baselines import (
-    Downsample,
-    Full,
-    Pool,
-    Random,
-    Uniform,
-    downsample,
-    full,
-    pool,
-    random,
-    uniform,
+from focus_jax.compress import (
+    baselines,
+    cdpruner,
+    divprune,
+    fastv,
+    prumerge,
+    pyramiddrop,
+    sparsevlm,
+    text_guided,
+    trimtokenator,
+    vision_guided,
+    visionzip,
+    visual_compute,
+    vtw,
+    yopo,
 )
-from focus_jax.compress.focusllava import focusllava as compose
-from focus_jax.compress.method import Method
+from focus_jax.compress.focusllava import focusllava as focusllava_of
+from focus_jax.compress.method import Cut, Method, VisionStage, compose
 from focus_jax.compress.text_guided import TextGuided
 from focus_jax.compress.vision_guided import VisionGuided
+from focus_jax.compress.visual_compute import VisualCompute
 from focus_jax.experiment import CompressConfig, parent_fields
 
+# Adding a method: its file in compress/, and its module here.
+MODULES: tuple[ModuleType, ...] = (
+    baselines,
+    prumerge,
+    visionzip,
+    divprune,
+    cdpruner,
+    trimtokenator,
+    fastv,
+    pyramiddrop,
+    sparsevlm,
+    vtw,
+    yopo,
+)
+
 METHODS: dict[str, Callable[..., Method]] = {
-    f.__name__: f for f in (full, random, uniform, pool, downsample)
+    function.__name__: function for module in MODULES for function in module.METHODS
 }
 # Which of the config's samplers stand in FocusLLaVA and in its two halves.
 SAMPLERS: dict[str, tuple[str, ...]] = {
@@ -41,13 +64,22 @@ SAMPLERS: dict[str, tuple[str, ...]] = {
 NAMES = (*METHODS, *SAMPLERS)
 
 
+def __getattr__(name: str) -> Callable[..., Method]:
+    """The function of that name: `focus_jax.methods.fastv(keep=0.25)`."""
+    if name in METHODS:
+        return METHODS[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def parse_method(text: str, compress: CompressConfig) -> Method:
-    """The method that `name` or `name:argument=value,...` stands for.
+    """The method that `name` or `name:argument=value,...` stands for; `a+b` is both at once.
 
     `focusllava`, `vision_only` and `text_only` take the config's samplers, whether switched on or
     not, and overrides such as `vision.budget=64,text.layer=1`; the items of a tuple stand apart
     by "/" (`vision.scales=4/2/1`). ValueError: a name, an argument or a value that does not fit.
     """
+    if "+" in text:
+        return compose(*(parse_method(part, compress) for part in text.split("+")))
     name, _, rest = text.strip().partition(":")
     given = arguments(name, rest)
     if name in METHODS:
@@ -73,7 +105,7 @@ def sampled(name: str, given: Mapping[str, str], compress: CompressConfig) -> Me
         start = f"{part}."
         mine = {k.removeprefix(start): v for k, v in changes.items() if k.startswith(start)}
         parts[part] = replace(value, **mine)
-    return compose(**parts)
+    return focusllava_of(**parts)
 
 
 def focusllava(
@@ -89,23 +121,33 @@ def focusllava(
     fields of `TextGuided`.
     """
     if text_layer is None:
-        return compose(vision)
+        return focusllava_of(vision)
     cut = TextGuided(layer=text_layer, keep=keep, **text)
-    return compose(vision, cut)
+    return focusllava_of(vision, cut)
+
+
+def parts_of(module: ModuleType) -> dict[str, type]:
+    """The kinds of vision stage, cut and visual compute that a module defines."""
+    kinds = (VisionStage, Cut, VisualCompute)
+    classes = (c for c in vars(module).values() if isinstance(c, type) and issubclass(c, kinds))
+    return {c.__name__: c for c in classes if c.__module__ == module.__name__}
 
 
 # The classes whose values a method consists of, by the names that they are saved under.
 PARTS: dict[str, type] = {
-    c.__name__: c for c in (Full, Random, Uniform, Pool, Downsample, VisionGuided, TextGuided)
+    name: part
+    for module in (vision_guided, text_guided, visual_compute, *MODULES)
+    for name, part in parts_of(module).items()
 }
 
 
 def method_to_json(method: Method) -> dict[str, Any]:
-    """A method as plain JSON values: its name, its vision stage and its cuts with all fields."""
+    """A method as plain JSON values: its name and all of its parts with all fields."""
     return {
         "name": method.name,
         "vision": part_to_json(method.vision),
         "cuts": [part_to_json(cut) for cut in method.cuts],
+        "compute": part_to_json(method.compute) if method.compute else None,
     }
 
 
@@ -121,7 +163,9 @@ def method_from_json(values: Mapping[str, Any], where: str = "method.json") -> M
         raise ValueError(f"{where} lacks {sorted(missing)}: it does not describe a method")
     vision = part_from_json(values["vision"], where)
     cuts = tuple(part_from_json(cut, where) for cut in values["cuts"])
-    return Method(values["name"], vision, cuts)
+    compute = values.get("compute")
+    spent = part_from_json(compute, where) if compute else None
+    return Method(values["name"], vision, cuts, spent)
 
 
 def part_from_json(values: Mapping[str, Any], where: str) -> Any:

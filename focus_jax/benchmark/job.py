@@ -11,6 +11,7 @@ from focus_jax.config import DTypeName
 
 PREFIX = 8  # of the text's tokens stand before the image
 ENOUGH = 20.0  # seconds of repeats in one round; what takes longer runs once
+BIG = 8  # tiles of a batch from which on methods are measured with fewer decoder layers
 Measured = dict[str, float]
 
 

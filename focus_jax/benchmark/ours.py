@@ -101,7 +101,7 @@ def context(key: Any) -> Any:
     return Context(key)
 
 
-def finished(function: Callable[..., Any], *args: Any, **static: int) -> Callable[[], Any]:
+def finished(function: Callable[..., Any], *args: Any, **static: Any) -> Callable[[], Any]:
     """A call of the compiled program with these arguments that waits for its results."""
     import jax
 

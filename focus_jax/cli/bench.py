@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from focus_jax.benchmark.job import PREFIX, Job, Measured, method_of, model_config, planned
+from focus_jax.benchmark.job import BIG, PREFIX, Job, Measured, method_of, model_config, planned
 from focus_jax.benchmark.report import SIDES, summary, table, words
 from focus_jax.cli.arguments import Parser, argv_or, positive, whole_numbers
 from focus_jax.cli.common import friendly
@@ -27,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.worker:
         print(json.dumps(measure(job_from_json(flags.worker))))
         return 0
+    if flags.methods or flags.profile:
+        return bench_methods(flags)
+    flags.batch, flags.new_tokens = flags.batch or (1, 8), flags.new_tokens or 32
+    flags.rounds = flags.rounds or 3
     job = job_of(flags)
     plans = planned(job)
     sides = [side for side in SIDES if side != "hf" or flags.against == "hf"]
@@ -53,6 +57,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def bench_methods(flags: Any) -> int:
+    """Measure methods, or the parts of one, in this process: weights are made once for all."""
+    from focus_jax.benchmark import figures, profile, sweep
+    from focus_jax.benchmark.methods import chosen
+    from focus_jax.benchmark.record import Record
+    from focus_jax.compilation import keep_compiled
+
+    flags.batch, flags.new_tokens = flags.batch or (1, 4), flags.new_tokens or 12
+    job, names = job_of(flags), chosen(flags.methods or flags.profile)
+    depth = model_config(job).decoder.layers
+    big = min(depth, flags.big_layers or max(4, depth // 2))
+    asked = sweep.Sweep(replace(job, side="full"), names, flags.rounds or 1, big)
+    keep_compiled()
+    if flags.profile:
+        print(profile.profile_of(asked), end="")
+        return 0
+    out: Path | None = flags.out
+    record = Record(out / "measurements.jsonl" if out else None, asked.settings())
+    other = (lambda: run(replace(job, side="hf"))) if flags.against == "hf" else None
+    sweep.measure(asked, record, other, tell)
+    print(figures.report_of(asked, record, out), end="")
+    return 0
+
+
+def tell(line: str) -> None:
+    """Progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def parser() -> Parser:
     """The flags of this command."""
     out = Parser(
@@ -64,21 +97,44 @@ def parser() -> Parser:
     of.add_argument("--checkpoint", type=Path, metavar="DIR", help="in Hugging Face's layout")
     of.add_argument("--preset", metavar="NAME", help="official sizes, random weights")
     of.add_argument("--worker", metavar="JOB", help="measure one side: used by this command")
+    out.add_argument(
+        "--methods", metavar="all|M[,M]", help="measure methods beside all tokens instead of a cut"
+    )
+    out.add_argument(
+        "--profile", metavar="METHOD", help="where its time goes, part by part, and that of full"
+    )
+    out.add_argument(
+        "--big-layers", type=positive, metavar="N",
+        help=f"decoder layers for methods where a batch has {BIG} tiles or more; default: half, at "
+        "least 4",
+    )  # fmt: skip
+    out.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="of methods: methods.md, .json, .png, and measurements.jsonl, by which a killed run "
+        "goes on",
+    )  # fmt: skip
     out.add_argument("--layers", type=positive, metavar="N", help="of a preset's decoder")
     out.add_argument("--against", choices=("hf", "none"), default="hf", help="the other side")
     out.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     out.add_argument(
         "--tiles", type=whole_numbers, default=(1, 5), metavar="N[,N]", help="thumbnail included"
     )
-    out.add_argument("--batch", type=whole_numbers, default=(1, 8), metavar="N[,N]", help="decode")
+    out.add_argument(
+        "--batch",
+        type=whole_numbers,
+        metavar="N[,N]",
+        help="in decode, 1,8; of methods in all parts, 1,4",
+    )
     out.add_argument("--text", type=positive, default=48, metavar="N", help="tokens of a prompt")
-    out.add_argument("--new-tokens", type=positive, default=32, metavar="N", help="in decode")
+    out.add_argument(
+        "--new-tokens", type=positive, metavar="N", help="in decode, 32; of each method, 12"
+    )
     out.add_argument("--keep", type=float, default=0.25, help="share that the cut leaves")
     out.add_argument(
         "--attention", choices=("xla", "blocked", "cudnn"),
         help="of focus_jax: blocked is for CPUs, cudnn for NVIDIA GPUs",
     )  # fmt: skip
-    out.add_argument("--rounds", type=positive, default=3, metavar="N")
+    out.add_argument("--rounds", type=positive, metavar="N", help="3; of methods 1")
     out.add_argument("--json", type=Path, metavar="FILE", help="write every measurement here")
     return out
 

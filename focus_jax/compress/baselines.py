@@ -206,3 +206,6 @@ def pool(size: int = 12) -> Method:
 def downsample(size: int = 12) -> Method:
     """A smaller image."""
     return Method("downsample", Downsample(size))
+
+
+METHODS = (full, random, uniform, pool, downsample)

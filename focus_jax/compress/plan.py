@@ -1,11 +1,13 @@
 """What a method costs on a model: slots, operations and cache bytes, computed without running."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
+from focus_jax.compress import visual_compute
 from focus_jax.compress.method import Dims, Method
+from focus_jax.compress.visual_compute import blocked_pairs, heads_of, in_part, layout
 
 # Element-wise operations of one entry, as compilers count them: one for each add, multiply,
 # compare or select; exponentials, sines and roots are not in it.
@@ -86,7 +88,8 @@ class Plan:
     `entering`, `full`: slots of the first decoder layer, with this method and with every patch.
     `decoder_macs` is the convention of PyramidDrop and SparseVLM (multiply-adds of visual rows in
     the decoder, 4nd^2 + 2n^2d + 3ndI a layer), `decoder_flops_x2`, YOPO's, twice that; both leave
-    out text, grouped keys and the head. `kv_bytes`: the prompt's cache, a decoder stage each.
+    out text, grouped keys and the head; with visual compute both count what YOPO's own count does.
+    `kv_bytes`: the prompt's cache, a decoder stage each; heads without visual keys keep their room.
     """
 
     method: str
@@ -175,14 +178,14 @@ def plan(
     projected = method.vision.slots(dims)
     valid = valid_tokens(method, round(projected * valid_share), stages, train)
     slots = tuple(s.slots for s in stages for _ in range(s.layers))
-    macs = sum(visual_macs(sizes, n) for n in slots)
+    macs = sum(visual_macs(method, dims, sizes, n, layer) for layer, n in enumerate(slots))
     cuts = cut_flops(method, dims, sizes, stages, text_tokens, prefix_tokens, questions)
     tower, tower_elementwise = tower_flops(method, dims, sizes)
     hidden = projected * sizes.width * (sizes.projector_layers - 1)
     head_rows = questions * (text_tokens if head_tokens is None else head_tokens)
-    decoder = over_layers(stages, lambda rows: layer_flops(sizes, rows))
-    if sizes.last_row and head_tokens == 1:
-        last = stages[-1]
+    decoder, decoder_elementwise = decoder_flops(method, dims, sizes, stages)
+    last = stages[-1]
+    if sizes.last_row and head_tokens == 1 and not in_part(method, last.slots):
         spared = layer_flops(sizes, last.rows) - last_row_flops(sizes, last.rows)
         decoder -= last.samples * spared
     flops = Flops(
@@ -191,9 +194,7 @@ def plan(
         decoder=decoder,
         head=2.0 * head_rows * sizes.width * sizes.vocab_size,
         samplers=method.vision.flops(dims) + cuts,
-        elementwise=tower_elementwise
-        + hidden * ACTIVATION["gelu"]
-        + over_layers(stages, lambda rows: layer_elementwise(sizes, rows)),
+        elementwise=tower_elementwise + hidden * ACTIVATION["gelu"] + decoder_elementwise,
     )
     return Plan(
         method=method.name,
@@ -253,9 +254,47 @@ def valid_tokens(
     return tuple(out)
 
 
-def over_layers(stages: Sequence[StageRows], cost: Callable[[int], float]) -> float:
-    """Sum of what a layer costs over all layers, from the rows that stand in it."""
-    return sum(s.layers * s.samples * cost(s.rows) for s in stages)
+def decoder_flops(
+    method: Method, dims: Dims, sizes: Sizes, stages: Sequence[StageRows]
+) -> tuple[float, float]:
+    """Products and element-wise operations of all layers, from the rows that stand in them."""
+    products, elementwise, first = 0.0, 0.0, 0
+    for stage in stages:
+        span = first, first + stage.layers
+        if in_part(method, stage.slots):
+            own, others = part_flops(method, dims, sizes, stage, span)
+        else:
+            own = stage.layers * layer_flops(sizes, stage.rows)
+            others = stage.layers * layer_elementwise(sizes, stage.rows)
+        products += stage.samples * own
+        elementwise += stage.samples * others
+        first = span[1]
+    return products, elementwise
+
+
+def part_flops(
+    method: Method, dims: Dims, sizes: Sizes, stage: StageRows, span: tuple[int, int]
+) -> tuple[float, float]:
+    """Products and element-wise operations of the layers `span`, run by visual compute."""
+    compute = method.compute
+    assert compute is not None
+    if compute.mode == "masked":
+        whole = replace(sizes, block=0)
+        cost = layer_flops(whole, stage.rows), layer_elementwise(whole, stage.rows)
+        return stage.layers * cost[0], stage.layers * cost[1]
+    rows = layout(method, dims, 1, stage.slots)
+    text = stage.rows - stage.slots + rows.newlines
+    products, elementwise = 0.0, 0.0
+    for heads in heads_of(compute, dims, *span, stacked=not sizes.last_row):
+        products += visual_compute.layer_flops(compute, sizes, rows, text, heads)
+        turned = visual_compute.rotated(compute, sizes, heads)
+        neurons = compute.neurons(sizes.mlp_width)
+        elementwise += rows.visual * row_elementwise(sizes, turned, neurons)
+        own = (sizes.heads + sizes.kv_heads) * sizes.head_dim
+        elementwise += text * row_elementwise(sizes, own, sizes.mlp_width)
+        entries = visual_compute.layer_softmax(compute, sizes, rows, text, heads)
+        elementwise += SOFTMAX * entries
+    return products, elementwise
 
 
 def cut_flops(
@@ -291,9 +330,11 @@ def cache_bytes(sizes: Sizes, stage: StageRows) -> int:
 # ------------------------------------------------------------------------------- layers
 
 
-def visual_macs(sizes: Sizes, slots: int) -> int:
+def visual_macs(method: Method, dims: Dims, sizes: Sizes, slots: int, layer: int) -> float:
     """The published count of one layer: multiply-adds of visual rows alone."""
-    d = sizes.width
+    d, compute = sizes.width, method.compute
+    if compute is not None and compute.active:
+        return visual_compute.published_macs(compute, method, dims, sizes, slots, layer)
     return 4 * slots * d**2 + 2 * slots**2 * d + 3 * slots * d * sizes.mlp_width
 
 
@@ -313,16 +354,19 @@ def last_row_flops(sizes: Sizes, rows: int) -> float:
 
 def pairs(sizes: Sizes, rows: int) -> int:
     """Rows times the keys that they meet."""
-    block = sizes.block or rows
-    ends = [min(first + block, rows) for first in range(0, rows, block)]
-    return sum((last - first) * last for first, last in pairwise([0, *ends]))
+    return blocked_pairs(rows, sizes.block)
 
 
 def layer_elementwise(sizes: Sizes, rows: int) -> float:
     """Norms, rotary positions, softmax, SwiGLU and residuals of one decoder layer."""
-    d, rotated = sizes.width, (sizes.heads + sizes.kv_heads) * sizes.head_dim
-    each = d * (2 * RMS_NORM + 2) + rotated * ROTATE + sizes.mlp_width * SWIGLU
+    turned = (sizes.heads + sizes.kv_heads) * sizes.head_dim
+    each = row_elementwise(sizes, turned, sizes.mlp_width)
     return rows * each + SOFTMAX * sizes.heads * pairs(sizes, rows)
+
+
+def row_elementwise(sizes: Sizes, turned: int, neurons: int) -> float:
+    """The same for one row, softmax left out; `turned` numbers have rotary positions."""
+    return sizes.width * (2 * RMS_NORM + 2) + turned * ROTATE + neurons * SWIGLU
 
 
 def tower_flops(method: Method, dims: Dims, sizes: Sizes) -> tuple[float, float]:

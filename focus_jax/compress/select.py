@@ -5,11 +5,10 @@ and has an output shape known before the data: a count that depends on data is a
 mask. All are safe under jit, vmap and grad; none needs a scatter of rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +30,8 @@ class Selection(NamedTuple):
 # ------------------------------------------------------------------------------- counts
 
 
-def keep_slots(count: int, share: float) -> int:
-    """Slots for `share` of `count` tokens: the ceiling, at least 1 where there is a token.
+def keep_slots(count: int, share: float, floor: bool = False) -> int:
+    """Slots for `share` of `count` tokens: the ceiling (or `floor`), at least 1 where there is one.
 
     `share` is read as the nearest fraction with a denominator up to 65,536, so that 0.1 of 30 is 3
     and 1/3 of 576 is 192. ValueError: share outside (0, 1], or a negative count.
@@ -40,10 +39,14 @@ def keep_slots(count: int, share: float) -> int:
     if count < 0:
         raise ValueError(f"count is {count}; a number of tokens cannot be negative")
     numerator, denominator = _fraction(share)
-    return max(-(-count * numerator // denominator), min(count, 1))
+    product = count * numerator
+    kept = product // denominator if floor else -(-product // denominator)
+    return max(kept, min(count, 1))
 
 
-def keep_count(count: Int[Array, "*B"], share: float | Float[Array, "..."]) -> Int[Array, "*B"]:
+def keep_count(
+    count: Int[Array, "*B"], share: float | Float[Array, "..."], floor: bool = False
+) -> Int[Array, "*B"]:
     """`keep_slots` for an array of counts (each below 65,536), inside jit.
 
     A Python `share` gives exactly what `keep_slots` gives. An array `share` (a ratio sampled in a
@@ -53,12 +56,13 @@ def keep_count(count: Int[Array, "*B"], share: float | Float[Array, "..."]) -> I
     count = jnp.asarray(count)
     if isinstance(share, jax.Array):
         amount = count.astype(jnp.float32) * share.astype(jnp.float32)
-        kept = jnp.ceil(amount * (1 - _ROUNDING)).astype(count.dtype)
+        slack, whole = (1 + _ROUNDING, jnp.floor) if floor else (1 - _ROUNDING, jnp.ceil)
+        kept = whole(amount * slack).astype(count.dtype)
     else:
         numerator, denominator = (jnp.uint32(part) for part in _fraction(share))
         product = count.astype(jnp.uint32) * numerator
         # Not (product + denominator - 1) // denominator: that sum can pass 2**32.
-        rest = (product % denominator != 0).astype(jnp.uint32)
+        rest = ((product % denominator != 0) & (not floor)).astype(jnp.uint32)
         kept = (product // denominator + rest).astype(count.dtype)
     return jnp.maximum(kept, jnp.minimum(count, 1))
 
@@ -73,6 +77,23 @@ def _fraction(share: float) -> tuple[int, int]:
 # ---------------------------------------------------------------------------- selection
 
 
+def top_k(
+    score: Num[Array, "*B V"],
+    valid: Bool[Array, "*B V"],
+    k: int,
+    count: Int[Array, "*B"] | None = None,
+) -> Selection:
+    """`top_k_in_order` with the highest score first."""
+    _check_slots("k", k)
+    _check_same_shape(score, valid)
+    ranked, index = lax.top_k(_rankable(score, valid), min(k, score.shape[-1]))
+    taken = ranked > -jnp.inf
+    if count is not None:
+        taken &= jnp.arange(index.shape[-1]) < jnp.asarray(count)[..., None]
+    slots = [(0, 0)] * (index.ndim - 1) + [(0, k - index.shape[-1])]
+    return Selection(jnp.pad(jnp.where(taken, index, 0), slots), jnp.pad(taken, slots))
+
+
 def top_k_in_order(
     score: Num[Array, "*B V"],
     valid: Bool[Array, "*B V"],
@@ -85,13 +106,25 @@ def top_k_in_order(
     other valid one. With fewer valid entries than slots, the rest is empty; k > V is allowed.
     No gradient flows to `score`. ValueError: k < 1, or shapes that differ.
     """
+    return _compact(*top_k(score, valid, k, count), k)
+
+
+def top_k_mask(
+    score: Num[Array, "*B V"], valid: Bool[Array, "*B V"], k: int
+) -> Bool[Array, "*B V"]:
+    """Marks the `k` highest valid scores (all valid ones where they are fewer).
+
+    For wide rows that are only to be weighted: no index, no scatter. Ties, NaN and errors as in
+    `top_k_in_order`.
+    """
     _check_slots("k", k)
     _check_same_shape(score, valid)
-    ranked, index = lax.top_k(_rankable(score, valid), min(k, score.shape[-1]))
-    taken = ranked > -jnp.inf
-    if count is not None:
-        taken &= jnp.arange(index.shape[-1]) < jnp.asarray(count)[..., None]
-    return _compact(index, taken, k)
+    rankable = _rankable(score, valid)
+    least = lax.top_k(rankable, min(k, score.shape[-1]))[0][..., -1:]
+    above = rankable > least
+    level = (rankable == least) & valid
+    room = k - above.sum(-1, keepdims=True, dtype=jnp.int32)
+    return above | (level & (jnp.cumsum(level, axis=-1, dtype=jnp.int32) <= room))
 
 
 def pack(valid: Bool[Array, "*B V"], budget: int) -> tuple[Selection, Int[Array, "*B"]]:
@@ -104,6 +137,66 @@ def pack(valid: Bool[Array, "*B V"], budget: int) -> tuple[Selection, Int[Array,
     selection = _compact(index, valid, budget)
     overflow = jnp.maximum(valid.sum(-1, dtype=jnp.int32) - budget, 0)
     return selection, overflow
+
+
+def greedy_in_order(
+    first: Float[Array, "*B V"],
+    add: Callable[[Any, Int[Array, ""], Int[Array, "*B"]], tuple[Any, Float[Array, "*B V"]]],
+    state: Any,
+    valid: Bool[Array, "*B V"],
+    k: int,
+    count: Int[Array, "*B"] | None = None,
+) -> Selection:
+    """Valid entries chosen one at a time, the highest of those that are left; in original order.
+
+    `first` ranks the first choice; `add(state, step, chosen)` notes a choice and gives the state
+    and the float32 scores for the next one. `k` or fewer (`count`) are chosen, in min(k, V) steps
+    whatever the counts. Ties, NaN and errors as in `top_k_in_order`; no gradient flows.
+    """
+    _check_slots("k", k)
+    _check_same_shape(first, valid)
+    place = jnp.arange(valid.shape[-1])
+    room = jnp.full(valid.shape[:-1], k) if count is None else jnp.asarray(count)
+
+    def choose(step, carry):
+        state, score, taken = carry
+        left = valid & ~taken
+        chosen = jnp.argmax(_rankable(score, left), axis=-1).astype(jnp.int32)
+        mark = (place == chosen[..., None]) & left & (step < room[..., None])
+        return *add(state, step, chosen), taken | mark
+
+    start = (state, first, jnp.zeros(valid.shape, bool))
+    *_, taken = lax.fori_loop(0, min(k, valid.shape[-1]), choose, start)
+    return pack(taken, k)[0]
+
+
+def thin(mask: Bool[Array, "*B V"], count: Int[Array, "*B"]) -> Bool[Array, "*B V"]:
+    """`count` of the marked entries, spread evenly over them; all where they are fewer.
+
+    The product of both counts must stay below 2**31.
+    """
+    count = jnp.asarray(count, jnp.int32)[..., None]
+    rank = jnp.cumsum(mask, axis=-1, dtype=jnp.int32)
+    found = jnp.maximum(rank[..., -1:], 1)
+    return mask & (rank * count // found > (rank - 1) * count // found)
+
+
+def places(selection: Selection, length: int) -> Bool[Array, "*B k V"]:
+    """Which of `length` sources each slot holds; nothing in the row of an empty slot."""
+    return (selection.index[..., None] == jnp.arange(length)) & selection.valid[..., None]
+
+
+def listed(
+    mask: Bool[Array, "*B V"], values: Int[Array, "*B V"] | None = None
+) -> Int[Array, "*B V"]:
+    """The `values` (by default the indices) of the marked entries, ascending; -1 behind them.
+
+    For reports: values must not be negative.
+    """
+    shown = jnp.arange(mask.shape[-1], dtype=jnp.int32) if values is None else values
+    absent = jnp.iinfo(jnp.int32).max
+    ordered = jnp.sort(jnp.where(mask, shown, absent), axis=-1)
+    return jnp.where(ordered == absent, -1, ordered)
 
 
 def smallest_mass(
@@ -275,129 +368,6 @@ def merge_by_assignment(
     return merged.astype(x.dtype)
 
 
-# ------------------------------------------------------------------- scales within budget
-
-
-def demote_to_budget(
-    choice: Int[Array, "*B R"], margin: Float[Array, "*B R"], cost: tuple[int, ...], budget: int
-) -> tuple[Int[Array, "*B R"], Int[Array, "*B"]]:
-    """Scales made coarser until they fit the budget, and the number of single-scale steps taken.
-
-    Scale 0 is the coarsest; `cost[s]` tokens, ascending; choice -1 is a region that costs nothing.
-    Regions are ranked once by margin (smallest first, ties lowest index, NaN last). In a round each
-    region above the coarsest scale goes down by one scale in that order, until the sum fits; when
-    a whole round was not enough, the next begins from the smallest margin again.
-    ValueError: costs not ascending, or a budget below R * cost[0].
-    """
-    _check_costs(cost, budget, choice.shape[-1])
-    order = jnp.argsort(margin, axis=-1, stable=True)
-    ranked = jnp.take_along_axis(choice, order, axis=-1)
-    steps = jnp.zeros(choice.shape[:-1], jnp.int32)
-    for _ in range(len(cost) - 1):
-        price = _look_up(cost, ranked)
-        excess = price.sum(-1, keepdims=True) - budget
-        saving = jnp.where(ranked > 0, price - _look_up(cost, ranked - 1), 0)
-        saved_before = jnp.cumsum(saving, axis=-1) - saving
-        down = (ranked > 0) & (saved_before < excess)
-        ranked = ranked - down.astype(ranked.dtype)
-        steps += down.sum(-1, dtype=jnp.int32)
-    return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1), steps
-
-
-def allocate(
-    loss: Float[Array, "*B R S"],
-    cost: tuple[int, ...],
-    budget: int,
-    available: Bool[Array, "*B R"],
-    min_gain: float = 0.0,
-) -> Int[Array, "*B R"]:
-    """A scale for each region, by marginal loss saved per token; -1 where not available.
-
-    `loss[..., s]` is what a region loses at scale s, 0 the coarsest; `cost[s]` its tokens,
-    ascending. Available regions start at scale 0. A step up is worth the loss it saves per extra
-    token; a later step that is worth more shares its worth with the steps it stands on (the concave
-    envelope of the region's curve), so that a gain which only the finest scale brings is seen from
-    the coarsest. Steps worth more than `min_gain` are taken from the most valuable down
-    (ties: lowest region) while the budget lasts; after one that does not fit, only steps cheaper
-    than it (as must be those that they stand on) may still fill the room. NaN is worth nothing.
-    ValueError: costs not ascending, loss without one entry per cost, a budget below R * cost[0].
-    """
-    regions, scales = loss.shape[-2:]
-    _check_costs(cost, budget, regions)
-    if scales != len(cost):
-        raise ValueError(f"loss has {scales} scales and cost {len(cost)}; give one cost per scale")
-    if scales == 1:
-        return jnp.where(available, 0, -1)
-    step = np.diff(np.asarray(cost))
-    worth = _envelope(loss.astype(jnp.float32), cost)
-    wanted = (worth > min_gain) & available[..., None]
-    flat = (*loss.shape[:-2], regions * (scales - 1))
-    order = jnp.argsort(-worth.reshape(flat), axis=-1, stable=True)
-    room = budget - cost[0] * available.sum(-1, keepdims=True, dtype=jnp.int32)
-    wanted = jnp.take_along_axis(wanted.reshape(flat), order, axis=-1)
-    taken = _fill_room(wanted, order % (scales - 1), step, room)
-    taken = jnp.take_along_axis(taken, jnp.argsort(order, axis=-1), axis=-1)
-    choice = taken.reshape(*flat[:-1], regions, scales - 1).sum(-1, dtype=jnp.int32)
-    return jnp.where(available, choice, -1)
-
-
-def _envelope(loss: Float[Array, "*B R S"], cost: tuple[int, ...]) -> Float[Array, "*B R S-1"]:
-    """Slopes of the concave envelope of saved loss over cost: falling isotonic regression."""
-
-    def slope(i: int, j: int) -> Array:
-        value = (loss[..., i] - loss[..., j]) / np.float32(cost[j] - cost[i])
-        return jnp.where(jnp.isnan(value), -jnp.inf, value)
-
-    last = len(cost) - 1
-    worth = []
-    for s in range(last):
-        best = [
-            jnp.stack([slope(i, j) for j in range(s + 1, last + 1)]).max(0) for i in range(s + 1)
-        ]
-        worth.append(jnp.stack(best).min(0))
-    return jnp.stack(worth, axis=-1)
-
-
-def _fill_room(
-    wanted: Bool[Array, "*B U"],
-    level: Int[Array, "*B U"],
-    step: np.ndarray,
-    room: Int[Array, "*B 1"],
-) -> Bool[Array, "*B U"]:
-    """Which of the steps, in their order, are taken within the room: one pass per step price.
-
-    Each pass takes a prefix of what is still allowed and stops at the first that does not fit;
-    from there on only steps cheaper than that one are allowed.
-    """
-    price = _look_up(step.tolist(), level)
-    # A step is barred with the dearest step below it in its region: it would stand on nothing.
-    dearest = _look_up(np.maximum.accumulate(step).tolist(), level)
-    place = jnp.arange(level.shape[-1], dtype=jnp.int32)
-    taken = jnp.zeros_like(wanted)
-    limit = jnp.full_like(room, jnp.iinfo(jnp.int32).max)
-    start = jnp.zeros_like(room)
-    for _ in range(len(set(step.tolist()))):
-        allowed = wanted & (dearest < limit) & (place >= start)
-        spent = jnp.cumsum(jnp.where(allowed, price, 0), axis=-1)
-        taken |= allowed & (spent <= room)
-        blocked = allowed & (spent > room)
-        room = room - jnp.where(allowed & ~blocked, price, 0).sum(-1, keepdims=True)
-        stop = jnp.argmax(blocked, axis=-1, keepdims=True)
-        cheaper = jnp.take_along_axis(price, stop, axis=-1)
-        # With nothing blocked all is decided: a limit of 0 ends the search.
-        limit = jnp.where(blocked.any(-1, keepdims=True), cheaper, 0)
-        start = stop
-    return taken
-
-
-def _look_up(table: Sequence[int], key: Int[Array, "*B"]) -> Int[Array, "*B"]:
-    """`table[key]`, 0 for a key outside it; selects, because a gather from a constant has no
-    sharding that fits a batch spread over devices."""
-    return sum(
-        (jnp.where(key == i, value, 0) for i, value in enumerate(table)), jnp.zeros_like(key)
-    )
-
-
 # -------------------------------------------------------------------------------- checks
 
 
@@ -409,13 +379,3 @@ def _check_slots(name: str, value: int) -> None:
 def _check_same_shape(score, valid) -> None:
     if score.shape != valid.shape:
         raise ValueError(f"score {score.shape} and valid {valid.shape} must have one shape")
-
-
-def _check_costs(cost: tuple[int, ...], budget: int, regions: int) -> None:
-    if not cost or cost[0] < 0 or any(b <= a for a, b in pairwise(cost)):
-        raise ValueError(f"cost is {cost}; give tokens per scale, coarsest first, ascending")
-    if budget < regions * cost[0]:
-        raise ValueError(
-            f"budget is {budget}, but {regions} regions need {regions * cost[0]} tokens at the "
-            f"coarsest scale; raise the budget or coarsen the scales"
-        )

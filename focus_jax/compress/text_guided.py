@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from focus_jax.compress.method import Aux, Context, Cut, Dims, LayerView, block_key
 from focus_jax.compress.select import (
@@ -15,6 +15,8 @@ from focus_jax.compress.select import (
     smallest_mass,
     top_k_in_order,
 )
+
+Asking = Literal["last", "instruction", "starts", "raters"]
 
 
 @dataclass(frozen=True)
@@ -87,23 +89,53 @@ class TextGuided(Cut):
         self, dims: Dims, visual: int, text: int, width: int, kv_width: int,
         prefix: int = 0, questions: int = 1,
     ) -> float:  # fmt: skip
-        asking = 1 if self.queries == "last" else text
-        # The layer's queries of the questions and keys of all rows, then asking rows x columns.
-        keys = prefix + visual + questions * text
-        projections = 2.0 * dims.width * (questions * text * width + keys * kv_width)
         columns = visual + (prefix + text if self.normalise == "all" else 0)
-        return projections + 2.0 * questions * asking * columns * width
+        return score_flops(
+            dims, self.queries, columns, visual, text, width, kv_width, prefix, questions
+        )
+
+
+def score_flops(
+    dims: Dims, queries: Asking, columns: int, visual: int, text: int, width: int, kv_width: int,
+    prefix: int, questions: int,
+) -> float:  # fmt: skip
+    """Operations of `attention_score` with so many columns for one sample; sizes as in `Cut.flops`.
+
+    The layer's queries of the questions and keys of all rows, then asking rows x columns.
+    """
+    asking = 1 if queries == "last" else text
+    keys = prefix + visual + questions * text
+    projections = 2.0 * dims.width * (questions * text * width + keys * kv_width)
+    return projections + 2.0 * questions * asking * columns * width
+
+
+def most_attended(
+    layer: LayerView, queries: Asking, count: Int[Array, " B"], slots: int
+) -> tuple[Selection, Float[Array, "B Q V"]]:
+    """Each question's `count` visual tokens with the highest score, in order; and the scores.
+
+    The score is the mean over heads and asking rows, softmax over all that a row sees; no gradient
+    flows through it. `slots` may be 0.
+    """
+    score = jax.lax.stop_gradient(attention_score(layer, queries))
+    valid = jnp.broadcast_to(layer.visual_valid[:, None], score.shape)
+    count = jnp.broadcast_to(count[:, None], score.shape[:2])
+    kept = top_k_in_order(score, valid, max(slots, 1), count)
+    return Selection(*(a[..., :slots] for a in kept)), score
 
 
 def attention_score(
-    layer: LayerView, queries: str = "instruction", heads: str = "mean", normalise: str = "all"
+    layer: LayerView,
+    queries: Asking = "instruction",
+    heads: Literal["mean", "max"] = "mean",
+    normalise: Literal["all", "visual"] = "all",
 ) -> Float[Array, "B Q V"]:
     """Attention probability that each visual token gets from a question's asking rows, fp32.
 
-    Only text rows x columns are computed, never the full map. Rows that do not ask, and samples
-    without any, give 0.
+    `queries` names the rows (fields of `LayerView`): their mean counts. Only text rows x columns
+    are computed, never the full map. Rows that do not ask, and samples without any, give 0.
     """
-    rows = layer.last if queries == "last" else layer.instruction
+    rows: Bool[Array, "B Q T"] = getattr(layer, queries)
     q, at = layer.q, jnp.broadcast_to(jnp.arange(rows.shape[-1]), rows.shape)
     if queries == "last":  # one row a question
         at = jnp.argmax(rows, axis=-1)[..., None]

@@ -20,7 +20,8 @@ from focus_jax.compress.method import (
     block_key,
     patch_centres,
 )
-from focus_jax.compress.select import allocate, demote_to_budget, pack, take, take_values
+from focus_jax.compress.scales import allocate, demote_to_budget
+from focus_jax.compress.select import pack, take, take_values
 
 Gate = Literal["distortion", "measured", "switch", "straight_through"]
 

@@ -1,12 +1,14 @@
 """Llama-style decoder whose layers are stacked per stage; a stage has one row count."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -161,14 +163,24 @@ class DecoderLayer(nnx.Module):
         return self.finish(pick(x), attend_cache(q, cache, mask)), cache
 
     def step(
-        self, x: Float[Array, "B T D"], by: Rotary, cache: KeyValue, length: Int[Array, " B"]
+        self,
+        x: Float[Array, "B T D"],
+        by: Rotary,
+        cache: KeyValue,
+        length: Int[Array, " B"],
+        absent: Bool[Array, "B G S"] | None = None,
     ) -> tuple[Array, KeyValue]:
-        """T new rows for each batch row: write keys and values from `length` on, attend to all."""
+        """T new rows for each batch row: write keys and values from `length` on, attend to all.
+
+        `absent`: cached rows that a key head does not have.
+        """
         q, k, v = self.qkv(x, by)
         new = as_cache(k, v)
         cache = KeyValue(*(write(a, rows, length) for a, rows in zip(cache, new, strict=True)))
         last = length[:, None] + jnp.arange(x.shape[1])
         mask = jnp.arange(cache.k.shape[1]) <= last[..., None]
+        if absent is not None:
+            mask = mask[:, None] & ~absent[:, :, None]
         return self.finish(x, attend_cache(q, cache, mask)), cache
 
 
@@ -197,7 +209,9 @@ def write(
 
 
 def attend_cache(
-    q: Float[Array, "B T H K"], cache: KeyValue, mask: Bool[Array, "B T S"]
+    q: Float[Array, "B T H K"],
+    cache: KeyValue,
+    mask: Bool[Array, "B T S"] | Bool[Array, "B G T S"],
 ) -> Float[Array, "B T H K"]:
     """Attention of a few rows to a cache; the queries of a group share one product."""
     b, t, h, d = q.shape
@@ -206,7 +220,8 @@ def attend_cache(
     q = q.reshape(b * groups, -1, d)
     logits = jnp.einsum("gqd,gsd->gqs", q, cache.k, preferred_element_type=jnp.float32)
     logits = logits.reshape(b, groups, -1, t, size)
-    weights = softmax(jnp.where(mask[:, None, None], logits, NEG_INF)).astype(cache.v.dtype)
+    mask = mask[:, None, None] if mask.ndim == 3 else mask[:, :, None]
+    weights = softmax(jnp.where(mask, logits, NEG_INF)).astype(cache.v.dtype)
     out = jnp.einsum("gqs,gsd->gqd", weights.reshape(b * groups, -1, size), cache.v)
     return out.reshape(b, groups, -1, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
@@ -280,20 +295,31 @@ class Decoder(nnx.Module):
         maskless = is_maskless(rows, self.impl) and observe is None
         mask = None if maskless else visible(rows, x.shape[1])
 
-        def body(h: Array, layer: DecoderLayer):
+        def body(h: Array, layer: DecoderLayer, _):
             h, (q, k, v) = layer(h, by, rows, mask)
             seen = observe(q, k, mask) if observe is not None else None
             return h, (as_cache(k, v) if keep else None, seen)
 
+        x, kept = self.walk(stage, body, x)
+        if isinstance(self.stages[stage], nnx.List):
+            caches, seen = zip(*kept, strict=True)
+            return x, caches if keep else None, jnp.stack(seen) if observe is not None else None
+        return x, *kept
+
+    def walk(self, stage: int, body, x: Any, parts: Sequence[Any] | None = None) -> tuple[Any, Any]:
+        """`body(x, layer, part)` -> (x, result) through the layers of a stage.
+
+        `parts`: a tree of arrays for each layer, of one shape where layers are stacked. The results
+        are stacked likewise, or a list where layers stand apart.
+        """
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
         layers = self.stages[stage]
+        step = lambda h, layer_part: body(h, *layer_part)  # noqa: E731
         if isinstance(layers, nnx.List):
-            x, kept = through(body, x, layers)
-            caches, seen = zip(*kept, strict=True)
-            return x, caches if keep else None, jnp.stack(seen) if observe is not None else None
-        x, (cache, seen) = jax.lax.scan(body, x, layers, unroll=True if self.unroll else 1)
-        return x, cache, seen
+            return through(step, x, zip(layers, parts or [None] * len(layers), strict=True))
+        stacked = None if parts is None else jax.tree.map(lambda *a: np.stack(a), *parts)
+        return jax.lax.scan(step, x, (layers, stacked), unroll=True if self.unroll else 1)
 
     def run_last(
         self, stage: int, x: Float[Array, "B S D"], position: Int[Array, "B S"], rows: Rows
@@ -325,19 +351,26 @@ class Decoder(nnx.Module):
         position: Int[Array, "B T"],
         cache: Cache,
         length: Int[Array, " B"],
+        absent: tuple[Bool[Array, "B S"], Bool[np.ndarray, "L G"]] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """T new rows a sample through one stage, behind `length` cached ones; the grown cache."""
+        """T new rows a sample through one stage, behind `length` cached ones; the grown cache.
+
+        `absent`: cached rows that are not there for some key heads of each layer, and these heads.
+        """
         by = rotary(self.cfg, position)
 
         def body(h: Array, layer_cache):
-            layer, kv = layer_cache
-            return layer.step(h, by, kv, length)
+            layer, kv, lacks = layer_cache
+            hidden = None if absent is None else absent[0][:, None] & lacks[:, None]
+            return layer.step(h, by, kv, length, hidden)
 
         layers = self.stages[stage]
+        lacking = None if absent is None else absent[1]
         if isinstance(layers, nnx.List):
-            x, grown = through(body, x, zip(layers, cache, strict=True))
+            each = [None] * len(layers) if lacking is None else list(lacking)
+            x, grown = through(body, x, zip(layers, cache, each, strict=True))
             return x, tuple(grown)
-        return jax.lax.scan(body, x, (layers, cache))
+        return jax.lax.scan(body, x, (layers, cache, lacking))
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
         """Final norm and vocabulary scores in fp32."""
@@ -346,7 +379,7 @@ class Decoder(nnx.Module):
         return jnp.dot(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def through(body, x: Array, layers) -> tuple[Array, list]:
+def through(body, x: Any, layers) -> tuple[Any, list]:
     """`lax.scan` in plain steps: over layers that stand apart."""
     out = []
     for layer in layers:
@@ -367,5 +400,6 @@ def observed_attention(
     """Head-mean attention that each row gets from the rows weighted by `row_weight` [B S]."""
     q, k = q * q.shape[-1] ** -0.5, repeat_groups(k, q.shape[2])
     logits = jnp.einsum("bshd,bjhd->bhsj", q, k, preferred_element_type=jnp.float32)
-    weights = softmax(jnp.where(mask[:, None], logits, NEG_INF))
+    mask = mask[:, None] if mask.ndim == 3 else mask
+    weights = softmax(jnp.where(mask, logits, NEG_INF))
     return jnp.einsum("bhsj,bs->bj", weights, row_weight) / q.shape[2]

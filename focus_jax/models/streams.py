@@ -207,9 +207,7 @@ def last_of_prompt(
     return index == end[..., None]
 
 
-def before_spans(
-    valid: Bool[Array, "B Q T"], label: Bool[Array, "B Q T"]
-) -> Bool[Array, "B Q T"]:
+def before_spans(valid: Bool[Array, "B Q T"], label: Bool[Array, "B Q T"]) -> Bool[Array, "B Q T"]:
     """Marks the token before each supervised span; without one, the last valid token."""
     following = jnp.pad(label, [(0, 0), (0, 0), (0, 1)])[..., 1:]
     before = following & ~label & valid

@@ -94,7 +94,7 @@ class VisionTower(nnx.Module):
     """The tower. Layers are stacked [L, ...] and scanned.
 
     `__call__` gives a dict of named arrays: always `features` [B N C] (patches of
-    `feature_layer`), and for each requested `name@layer`:
+    `feature_layer`) and `class_token` [B 1 C] (its row there, if it has one), and for each requested `name@layer`:
     `cls_attention@l` [B H N] (softmax over class token and patches, class column dropped),
     `queries@l`, `keys@l` [B 1+N C] (with bias, before scaling; class token first),
     `cls_query@l` [B 1 C] (the class token's row of the queries),
@@ -180,6 +180,8 @@ class VisionTower(nnx.Module):
             x, at = self.run(x, at, layer), layer
             if layer == self.cfg.depth:
                 out["features"] = x[:, self.lead :]
+                if self.lead:
+                    out["class_token"] = x[:, : self.lead]
             for request in requests:
                 if request_layer(request, self.cfg.layers) == layer:
                     out[request] = self.hand_out(request.split("@")[0], layer, x)

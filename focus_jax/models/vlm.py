@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -21,12 +22,15 @@ from focus_jax.compress.method import (
     block_key,
     empty_aux,
     merge_aux,
-    stitch,
 )
 from focus_jax.compress.plan import Sizes
+from focus_jax.compress.stitch import stitch
+from focus_jax.compress.visual_compute import find_layout, in_part, lacking_heads
 from focus_jax.config import ModelConfig
+from focus_jax.models import visual_compute
 from focus_jax.models.blocked_attention import ROWS
 from focus_jax.models.decoder import Cache, Decoder, observed_attention, rotary, rotate
+from focus_jax.models.neighbours import joined_view
 from focus_jax.models.projector import Projector
 from focus_jax.models.streams import (
     Packed,
@@ -66,11 +70,16 @@ class Inputs(NamedTuple):
 
 
 class StageCache(NamedTuple):
-    """One decoder stage's keys and values, its valid rows, and the next token's position."""
+    """One decoder stage's keys and values, its valid rows, and the next token's position.
+
+    `visual` marks the rows that some key heads do not have (visual compute, renormalised); all
+    heads have room for them.
+    """
 
     kv: Cache
     length: Int[Array, " B"]
     position: Int[Array, " B"]
+    visual: Bool[Array, "B S"] | None = None
 
     @property
     def size(self) -> int:
@@ -80,7 +89,8 @@ class StageCache(NamedTuple):
     def with_room(self, rows: int) -> "StageCache":
         """The same with more room behind; copies it."""
         grow = lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, rows), (0, 0)])  # noqa: E731
-        return self._replace(kv=jax.tree.map(grow, self.kv))
+        seen = None if self.visual is None else jnp.pad(self.visual, [(0, 0), (0, rows)])
+        return self._replace(kv=jax.tree.map(grow, self.kv), visual=seen)
 
 
 class Output(NamedTuple):
@@ -176,7 +186,7 @@ class VLM(nnx.Module):
             features = jnp.where(tokens.newline[..., None], line, features)
         images = tokens.valid.shape[0] // b
         number = jnp.arange(tokens.valid.shape[0], dtype=jnp.int32) % images
-        view = tokens.view + dims.tiles * number[:, None]
+        view = joined_view(number[:, None], tokens.view)
         tokens = tokens._replace(features=features, view=view)
         return jax.tree.map(lambda a: a.reshape(b, -1, *a.shape[2:]), tokens), aux
 
@@ -343,12 +353,10 @@ class VLM(nnx.Module):
             aux, ran = merge_aux(aux, more), s
             packed = pack(s)
             watch = watcher(s, packed) if observe else None
-            hidden, kv, seen = self.decoder.run(
-                stage, packed.hidden, packed.position, packed.rows, bool(keep), watch
-            )
-            s = unpack(s, packed, hidden)
+            hidden, kv, seen = self.run_stage(stage, s, packed, entering, bool(keep), watch)
             if kv is not None:
-                caches.append(make_cache(kv, packed, keep))
+                caches.append(make_cache(kv, packed, keep, self.partly_absent(stage, s, packed)))
+            s = unpack(s, packed, hidden)
             if seen is not None:
                 importance.append((seen_by_visual(seen, packed, s), s.slot))
         return Decoded(s, tuple(caches), aux, tuple(importance), ran)
@@ -359,17 +367,54 @@ class VLM(nnx.Module):
         """Run decoder stages up to the last for what follows a prompt: one row a sample."""
         out = self.decode(s, stages[:-1], entering, ctx, room)
         s, _ = self.cut(out.streams, stages[-1], entering, ctx, out.entry)
-        packed = pack(s)
-        hidden, kv = self.decoder.run_last(stages[-1], packed.hidden, packed.position, packed.rows)
-        return hidden, (*out.caches, make_cache(kv, packed, room))
+        packed, stage = pack(s), stages[-1]
+        if in_part(self.method, s.visual.shape[1]):
+            rows, kv, _ = self.run_stage(stage, s, packed, entering, keep=True)
+            at = (packed.rows.length - 1).reshape(-1, 1, 1)
+            hidden = jnp.take_along_axis(rows, at, axis=1)[:, 0]
+        else:
+            hidden, kv = self.decoder.run_last(stage, packed.hidden, packed.position, packed.rows)
+        absent = self.partly_absent(stage, s, packed)
+        return hidden, (*out.caches, make_cache(kv, packed, room, absent))
+
+    # ---------------------------------------------------------------- visual compute
+
+    def run_stage(
+        self, stage: int, s: Streams, packed: Packed, entering: int, keep: bool = False, watch=None
+    ) -> tuple[Float[Array, "B S D"], Any, Array | None]:
+        """One stage by `Decoder.run`, or by the method's visual compute where tokens are left."""
+        if not in_part(self.method, s.visual.shape[1]):
+            return self.decoder.run(stage, packed.hidden, packed.position, packed.rows, keep, watch)
+        rows, dims = find_layout(self.method, every_dims(self.cfg), entering, s.visual.shape[1])
+        return visual_compute.run(
+            self.decoder, self.method, stage, packed, s, rows, dims, keep, watch
+        )
+
+    def lacking(self, stage: int) -> Bool[np.ndarray, "L G"] | None:
+        """Key heads of a stage's layers that do without visual rows; None where there is none."""
+        return lacking_heads(self.method, dims_of(self.cfg, 1), stage)
+
+    def partly_absent(self, stage: int, s: Streams, packed: Packed) -> Bool[Array, "B S"] | None:
+        """The packed rows that some key heads do without."""
+        if self.lacking(stage) is None or not s.visual.shape[1]:
+            return None
+        return visual_compute.is_visual(packed, s)
 
 
-def make_cache(kv: Cache, packed: Packed, room: int) -> StageCache:
+def every_dims(cfg: ModelConfig) -> list[Dims]:
+    """The sizes for each number of tiles that an image may have."""
+    least = min((rows * cols for rows, cols in cfg.grids), default=cfg.max_tiles) + 1
+    return [dims_of(cfg, tiles) for tiles in (1, *range(least, cfg.max_tiles + 1))]
+
+
+def make_cache(
+    kv: Cache, packed: Packed, room: int, visual: Bool[Array, "B S"] | None = None
+) -> StageCache:
     """Room for new rows behind the packed ones; the next position follows the last valid row."""
     length = packed.rows.length
     valid = jnp.arange(packed.position.shape[1]) < length[:, None]
     position = jnp.where(valid, packed.position, -1).max(-1) + 1
-    return StageCache(kv, length, position).with_room(room)
+    return StageCache(kv, length, position, visual).with_room(room)
 
 
 def watcher(s: Streams, packed: Packed):

@@ -17,8 +17,8 @@ from focus_jax.compress.method import (
     Method,
     block_key,
     merge_aux,
-    stitch,
 )
+from focus_jax.compress.stitch import stitch
 from focus_jax.compress.text_guided import TextGuided
 from focus_jax.compress.vision_guided import VisionGuided
 from focus_jax.config import NEXT_GRIDS

@@ -14,8 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from focus_jax.compress import select
 
-B, V, D, R = 3, 9, 2, 5
-COST = (1, 4, 16)
+B, V, D = 3, 9, 2
 few = settings(max_examples=40, deadline=None, derandomize=True)
 
 # Few distinct values, so that ties are common; -0.0 must tie with 0.0.
@@ -50,22 +49,27 @@ def test_keep_slots_by_hand(count, share, expected):
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.integers(0, 4000), st.integers(1, 1000))
-def test_keep_slots_is_the_exact_ceiling(count, thousandths):
-    exact = math.ceil(Fraction(thousandths, 1000) * count)
-    assert select.keep_slots(count, thousandths / 1000) == exact
+def test_keep_slots_is_the_exact_ceiling_or_floor(count, thousandths):
+    exact = Fraction(thousandths, 1000) * count
+    assert select.keep_slots(count, thousandths / 1000) == math.ceil(exact)
+    floor = select.keep_slots(count, thousandths / 1000, floor=True)
+    assert floor == max(math.floor(exact), min(count, 1))
 
 
+@pytest.mark.parametrize("floor", [False, True])
 @pytest.mark.parametrize("share", [0.1, 0.39, 1 / 3, 0.7, 1.0, 65535 / 65536, 1e-9])
-def test_keep_count_agrees_with_keep_slots(share):
+def test_keep_count_agrees_with_keep_slots(share, floor):
     count = np.r_[0:700, 2340, 2880, 2928, 65_535].astype(np.int32)
-    kept = np.asarray(select.keep_count(jnp.asarray(count), share))
-    assert kept.tolist() == [select.keep_slots(int(c), share) for c in count]
+    kept = np.asarray(select.keep_count(jnp.asarray(count), share, floor))
+    assert kept.tolist() == [select.keep_slots(int(c), share, floor) for c in count]
 
 
 def test_keep_count_takes_a_sampled_share():
     count = jnp.asarray([0, 1, 30, 31, 2880])
     kept = jax.jit(select.keep_count)(count, jnp.float32(0.1))
     assert kept.tolist() == [0, 1, 3, 4, 288]
+    kept = jax.jit(select.keep_count, static_argnums=2)(count, jnp.float32(0.1), True)
+    assert kept.tolist() == [0, 1, 3, 3, 288]
 
 
 # ---------------------------------------------------------------------------- selection
@@ -87,6 +91,22 @@ def test_top_k_with_a_count_per_row(score, valid, count):
     chosen = filled(top_k(score, valid, 4, count))
     rows = zip(score, valid, count, strict=True)
     assert chosen == [slow_top_k(s, v, min(4, c)) for s, v, c in rows]
+
+
+ranked = jax.jit(select.top_k, static_argnums=2)
+
+
+@few
+@given(scores, masks, counts, st.sampled_from([1, 4, V + 3]))
+def test_top_k_by_score_matches_a_loop(score, valid, count, k):
+    rows = zip(score, valid, count, strict=True)
+    want = [
+        sorted(np.flatnonzero(v).tolist(), key=lambda i: (-s[i], i))[: min(k, c)]
+        for s, v, c in rows
+    ]
+    chosen = ranked(score, valid, k, count)
+    assert chosen.index.shape == chosen.valid.shape == (B, k)
+    assert filled(chosen) == want
 
 
 def test_top_k_ranks_nan_last_but_above_invalid():
@@ -113,11 +133,111 @@ def test_top_k_takes_integers_bfloat16_and_any_leading_axes():
 
 
 @few
+@given(scores, masks, st.sampled_from([1, 4, V, V + 3]))
+def test_top_k_as_a_mask_is_the_same_set(score, valid, k):
+    mask = np.asarray(jax.jit(select.top_k_mask, static_argnums=2)(score, valid, k))
+    want = [slow_top_k(s, v, k) for s, v in zip(score, valid, strict=True)]
+    assert [np.flatnonzero(row).tolist() for row in mask] == want
+
+
+def test_top_k_mask_ranks_nan_last_but_above_invalid():
+    score = jnp.asarray([jnp.nan, 1.0, -jnp.inf, jnp.inf, 5.0])
+    valid = jnp.asarray([True, True, True, True, False])
+    for k, want in ((2, [1, 3]), (3, [0, 1, 3]), (9, [0, 1, 2, 3])):
+        assert np.flatnonzero(select.top_k_mask(score, valid, k)).tolist() == want
+
+
+@few
+@given(masks, counts)
+def test_thin_spreads_what_it_keeps(mask, count):
+    """Between two kept entries stand as many others as between any two, give or take one."""
+    for row, marked, wanted in zip(jax.jit(select.thin)(mask, count), mask, count, strict=True):
+        assert not (row & ~marked).any()
+        ranks = np.flatnonzero(np.asarray(row)[marked])
+        assert len(ranks) == min(wanted, marked.sum())
+        gaps = np.diff([-1, *ranks])
+        if len(gaps):
+            assert gaps.max() - gaps.min() <= 1 and ranks[-1] == marked.sum() - 1
+
+
+@few
+@given(masks, st.sampled_from([2, V]))
+def test_places_and_lists(valid, budget):
+    selection, _ = select.pack(valid, budget)
+    held = np.asarray(select.places(selection, V))
+    assert [np.flatnonzero(row.any(0)).tolist() for row in held] == filled(selection)
+    assert (held.sum(-1) == np.asarray(selection.valid)).all()
+    for row, marked in zip(select.listed(valid), valid, strict=True):
+        found = np.flatnonzero(marked).tolist()
+        assert row.tolist() == found + [-1] * (V - len(found))
+
+
+def test_listed_values_may_repeat():
+    mask = jnp.asarray([True, False, True, True])
+    assert select.listed(mask, jnp.asarray([7, 1, 3, 7])).tolist() == [3, 7, 7, -1]
+
+
+@few
 @given(masks, st.sampled_from([2, V, V + 3]))
 def test_pack_matches_a_loop(valid, budget):
     selection, overflow = jax.jit(select.pack, static_argnums=1)(valid, budget)
     assert filled(selection) == [np.flatnonzero(v)[:budget].tolist() for v in valid]
     assert overflow.tolist() == [max(int(v.sum()) - budget, 0) for v in valid]
+
+
+def slow_greedy(start, pair, valid, count):
+    """Each choice adds its row of `pair` to the scores."""
+    chosen, score = [], start.astype(np.float64)
+    while len(chosen) < min(count, int(valid.sum())):
+        left = [i for i in np.flatnonzero(valid).tolist() if i not in chosen]
+        chosen.append(max(left, key=lambda i: (score[i], -i)))
+        score = score + pair[chosen[-1]]
+    return sorted(chosen)
+
+
+@partial(jax.jit, static_argnums=3)
+def greedy(start, pair, valid, k, count=None):
+    def add(score, step, chosen):
+        rows = jnp.take_along_axis(pair, chosen[:, None, None], axis=1)[:, 0]
+        return score + rows, score + rows
+
+    return select.greedy_in_order(start, add, start, valid, k, count)
+
+
+@few
+@given(
+    scores,
+    hnp.arrays(np.float32, (B, V, V), elements=st.sampled_from([-1.0, 0.0, 0.5, 2.0])),
+    masks,
+    st.sampled_from([1, 4, V, V + 3]),
+    counts,
+)
+def test_greedy_matches_a_loop(start, pair, valid, k, count):
+    chosen = greedy(start, pair, valid, k, count)
+    assert chosen.index.shape == chosen.valid.shape == (B, k)
+    for row, got in enumerate(filled(chosen)):
+        assert got == slow_greedy(start[row], pair[row], valid[row], min(k, count[row]))
+    whole = filled(greedy(start, pair, valid, k))
+    assert whole == [slow_greedy(*one, k) for one in zip(start, pair, valid, strict=True)]
+
+
+def test_greedy_tells_its_state_which_step_it_is():
+    def add(log, step, chosen):
+        return log.at[step].set(chosen), -jnp.abs(jnp.arange(4.0) - chosen)
+
+    seen = []
+
+    def watched(log, step, chosen):
+        log, score = add(log, step, chosen)
+        jax.debug.callback(lambda *a: seen.append([int(x) for x in a]), step, chosen)
+        return log, score
+
+    chosen = select.greedy_in_order(
+        jnp.asarray([0.0, 0, 3, 0]), watched, jnp.zeros(4, jnp.int32), jnp.ones(4, bool), 3
+    )
+    jax.effects_barrier()
+    assert chosen.index.tolist() == [0, 1, 2]
+    assert sorted(seen) == [[0, 2], [1, 1], [2, 0]]  # the nearest to the last one, ties from below
 
 
 def slow_smallest_mass(mass, valid, p):
@@ -272,124 +392,18 @@ def test_merge_matches_a_loop(mean):
     assert np.isfinite(gradient).all()
 
 
-# ------------------------------------------------------------------- scales within budget
-
-choices = hnp.arrays(np.int32, (B, R), elements=st.integers(-1, 2))
-margins = hnp.arrays(np.float32, (B, R), elements=st.sampled_from([0.0, 0.1, 0.2, 0.9]))
-
-
-def slow_demote(choice, margin, cost, budget):
-    """One region, one scale at a time, in rounds over the ranking."""
-    choice, steps = choice.tolist(), 0
-    ranking = sorted(range(len(choice)), key=lambda r: (margin[r], r))
-
-    def spent():
-        return sum(cost[s] for s in choice if s >= 0)
-
-    while spent() > budget:
-        for region in [r for r in ranking if choice[r] > 0]:
-            if spent() > budget:
-                choice[region] -= 1
-                steps += 1
-    return choice, steps
-
-
-@few
-@given(choices, margins, st.sampled_from([5, 8, 17, 40, 100]))
-def test_demotion_matches_a_loop(choice, margin, budget):
-    fitted, demoted = jax.jit(select.demote_to_budget, static_argnums=(2, 3))(
-        choice, margin, COST, budget
-    )
-    for row in range(B):
-        expected, steps = slow_demote(choice[row], margin[row], COST, budget)
-        assert fitted[row].tolist() == expected
-        assert int(demoted[row]) == steps
-
-
-def slow_allocate(loss, cost, budget, available, min_gain):
-    steps = np.diff(cost)
-    upgrades = []
-    for r in np.flatnonzero(available):
-        blocks = []  # (first scale, last scale, slope), pooled while a later slope is higher
-        for s in range(len(steps)):
-            first, last = s, s + 1
-            while True:
-                slope = float(
-                    (loss[r, first] - loss[r, last]) / np.float32(cost[last] - cost[first])
-                )
-                if not blocks or blocks[-1][2] > slope:
-                    break
-                first = blocks.pop()[0]
-            blocks.append((first, last, slope))
-        for first, last, slope in blocks:
-            upgrades += [(-slope, int(r), s) for s in range(first, last)]
-    choice = np.where(available, 0, -1)
-    room, limit = budget - cost[0] * int(available.sum()), math.inf
-    for worth, r, s in sorted(upgrades):
-        if -worth <= min_gain or max(steps[: s + 1]) >= limit:
-            continue
-        assert choice[r] == s  # never on a step that was not taken
-        if steps[s] <= room:
-            choice[r] += 1
-            room -= steps[s]
-        else:
-            limit = steps[s]
-    return choice.tolist()
-
-
-losses = hnp.arrays(
-    np.float32, (B, R, 3), elements=st.sampled_from([0.0, 0.5, 1.0, 3.0, 9.0, 27.0])
-)
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(
-    losses,
-    hnp.arrays(np.bool_, (B, R)),
-    st.sampled_from([5, 10, 19, 30, 44, 80]),
-    st.sampled_from([0.0, 0.3]),
-    st.sampled_from([COST, (0, 6, 8)]),
-)
-def test_allocation_matches_a_loop(loss, available, budget, min_gain, cost):
-    choice = jax.jit(select.allocate, static_argnums=(1, 2, 4))(
-        loss, cost, budget, available, min_gain
-    )
-    for row in range(B):
-        expected = slow_allocate(loss[row], cost, budget, available[row], min_gain)
-        assert choice[row].tolist() == expected
-    spent = np.where(choice >= 0, np.asarray(cost)[choice], 0).sum(-1)
-    assert (spent <= budget).all()
-
-
-def test_allocation_by_hand():
-    # Region 1 loses most at the coarsest scale; region 2 is flat; region 3 is not there.
-    loss = jnp.asarray([[4.0, 1.0, 0.0], [40.0, 20.0, 0.0], [0.0, 0.0, 0.0], [9.0, 0.0, 0.0]])
-    available = jnp.asarray([True, True, True, False])
-    allocate = partial(select.allocate, loss, COST, available=available)
-    assert allocate(budget=100).tolist() == [2, 2, 0, -1]
-    assert allocate(budget=9).tolist() == [1, 1, 0, -1]
-    assert allocate(budget=6).tolist() == [0, 1, 0, -1]
-    # 12 for the finest scale of region 1 do not fit any more, 3 for region 0 do.
-    assert allocate(budget=17).tolist() == [1, 1, 0, -1]
-    assert select.allocate(loss[:, :1], (1,), 4, available).tolist() == [0, 0, 0, -1]
-
-
 def test_vmap_equals_the_batched_call():
     rng = np.random.default_rng(1)
     score, valid = jnp.asarray(rng.normal(size=(B, V))), jnp.asarray(rng.random((B, V)) < 0.7)
-    choice, margin = jnp.asarray(rng.integers(0, 3, (B, R))), jnp.asarray(rng.random((B, R)))
-    loss = jnp.asarray(rng.random((B, R, 3)))
 
-    def everything(score, valid, choice, margin, loss):
+    def everything(score, valid):
         return (
             select.top_k_in_order(score, valid, 4, select.keep_count(valid.sum(-1), 0.5)),
             select.pack(valid, 4),
             select.smallest_mass(jnp.abs(score), valid, 0.5, 4),
-            select.demote_to_budget(choice, margin, COST, 20),
-            select.allocate(loss, COST, 20, choice > 0),
         )
 
-    arrays = (score, valid, choice, margin, loss)
+    arrays = (score, valid)
     batched, mapped = jax.jit(everything)(*arrays), jax.jit(jax.vmap(everything))(*arrays)
     jax.tree.map(np.testing.assert_array_equal, batched, mapped)
 
@@ -406,11 +420,10 @@ def test_vmap_equals_the_batched_call():
         (lambda x, m: select.top_k_in_order(x, m, 0), "k is 0"),
         (lambda x, m: select.top_k_in_order(x, m[:2], 1), "one shape"),
         (lambda x, m: select.pack(m, 0), "budget is 0"),
+        (lambda x, m: select.greedy_in_order(x, None, x, m, 0), "k is 0"),
+        (lambda x, m: select.greedy_in_order(x, None, x, m[:2], 1), "one shape"),
         (lambda x, m: select.smallest_mass(x, m, 0.0, 2), "p is 0.0"),
         (lambda x, m: select.merge_by_assignment(x[..., None], m.astype(int), x, 0), "k is 0"),
-        (lambda x, m: select.demote_to_budget(m.astype(int), x, COST, 2), "raise the budget"),
-        (lambda x, m: select.demote_to_budget(m.astype(int), x, (4, 1), 99), "ascending"),
-        (lambda x, m: select.allocate(x[None], COST, 99, m[None, :, 0]), "cost 3"),
         (lambda x, m: select.uniform_2d(2, 2, 5), "k is 5"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +36,13 @@ def layer() -> LayerView:
     seen[1, 7:] = False
     return LayerView(
         q=normal(B, Q, T, H, K), k=normal(B, Q, T, G, K), k_prefix=normal(B, P, G, K),
-        k_visual=normal(B, V, G, K), visual=normal(B, V, 3), token_valid=jnp.asarray(valid),
+        k_visual=normal(B, V, G, K), visual=normal(B, V, 3), token=normal(B, Q, T, 3),
+        token_valid=jnp.asarray(valid),
         prefix_valid=jnp.asarray([[True, True], [False, True]]), visual_valid=jnp.asarray(seen),
         after=jnp.asarray(np.sort(rng.integers(0, 3, (B, V)))),  # some stand behind some text
-        instruction=jnp.asarray(asks & valid), last=jnp.asarray(last),
+        instruction=jnp.asarray(asks & valid), prompt=jnp.asarray(valid), last=jnp.asarray(last),
+        starts=jnp.asarray(valid & (rng.random((B, Q, T)) < 0.5)),
+        raters=jnp.asarray(valid & (rng.random((B, Q, T)) < 0.5)),
         entered=jnp.asarray(seen.sum(-1)),
     )  # fmt: skip
 
@@ -54,7 +58,7 @@ def slow_score(layer: LayerView, queries: str, heads: str, normalise: str) -> np
         )
         if normalise == "visual":
             valid[:P] = valid[P + V :] = False
-        asking = (layer.last if queries == "last" else layer.instruction)[b, q]
+        asking = getattr(layer, queries)[b, q]
         rows = []
         for t in np.flatnonzero(asking):
             allowed = valid & (np.arange(P + V + T) <= P + V + t)
@@ -69,9 +73,14 @@ def slow_score(layer: LayerView, queries: str, heads: str, normalise: str) -> np
     return out
 
 
-@pytest.mark.parametrize("queries", ["last", "instruction"])
-@pytest.mark.parametrize("heads", ["mean", "max"])
-@pytest.mark.parametrize("normalise", ["all", "visual"])
+@pytest.mark.parametrize(
+    ("queries", "heads", "normalise"),
+    [
+        *product(["last", "instruction"], ["mean", "max"], ["all", "visual"]),
+        ("starts", "mean", "all"),
+        ("raters", "mean", "all"),
+    ],
+)
 def test_score_is_the_attention_maps_column_mean(layer, queries, heads, normalise):
     got = compiled(attention_score, static_argnums=(1, 2, 3))(layer, queries, heads, normalise)
     want = slow_score(layer, queries, heads, normalise)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from focus_jax.compress.method import Context, stitch
+from focus_jax.compress.method import Context
+from focus_jax.compress.stitch import stitch
 from focus_jax.compress.vision_guided import (
     VisionGuided,
     candidate_places,

@@ -81,10 +81,12 @@ def test_tower_feature_layer(towers, feature_layer):
 
 def test_tower_hands_out_what_is_asked(towers):
     theirs, ours, pixels, out = towers
-    names = ("cls_attention@1", "queries@-1", "keys@2", "hidden@2", "hidden@0")
+    names = ("cls_attention@1", "queries@-1", "cls_query@2", "keys@2", "hidden@2", "hidden@0")
     handed = compiled(lambda tower, x: tower(x, names))(ours, pixels)
-    assert set(handed) == {"features", *names}
+    assert set(handed) == {"features", "class_token", *names}
     close(handed["features"], out.hidden_states[-2][:, 1:])
+    close(handed["class_token"], out.hidden_states[-2][:, :1])
+    np.testing.assert_allclose(handed["cls_query@2"], handed["queries@-1"][:, :1], atol=1e-5)
     close(handed["cls_attention@1"], out.attentions[1][:, :, 0, 1:])
     close(handed["hidden@2"], out.hidden_states[2])
     close(handed["hidden@0"], out.hidden_states[0])
