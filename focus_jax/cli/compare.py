@@ -1,5 +1,6 @@
 """`python -m focus_jax compare`: every method on one checkpoint at equal mean tokens."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def shares(text: str) -> tuple[float, ...]:
     """`0.39,0.1` as numbers in (0, 1]."""
     values = tuple(float(part) for part in text.split(","))
     if not all(0 < value <= 1 for value in values):
-        raise ValueError(f"{text}: give shares in (0, 1]")
+        raise argparse.ArgumentTypeError(f"{text}: give shares in (0, 1]")
     return values
 
 
@@ -161,11 +162,11 @@ def page(whole: Line, lines: Sequence[Line], flags: Any) -> str:
     parts = [
         f"""# All methods at equal mean tokens, embedded job
 
-Exact match on {result.n} questions about {result.images} images of the {result.split} split,
-greedy. Slots are lengths of arrays, in the mean over the decoder's layers, as a share of all
-tokens; each method spends as many as it can without going over. GFLOPs are of one question's
-prefill, by the plan. "Trained with": the weights were trained with the method in place; all others
-are put on the full-token checkpoint as they come. With all tokens: **{result.accuracy:.1%}**
+Exact match on {result.n} questions, {result.images} images of the {result.split} split, greedy.
+Slots are lengths of arrays, in the mean over the decoder's layers, as a share of all tokens; each
+method spends as many as it can without going over. GFLOPs are of one question's prefill, by the
+plan. "Trained with": the weights were trained with the method in place; all others are put on the
+full-token checkpoint as they come. With all tokens: **{result.accuracy:.1%}**
 ({result.low:.1%} to {result.high:.1%}), {result.flops / 1e9:.3f} GFLOPs.
 
 The decoder has {layers} layers, and those before a cut hold all tokens: a method that cuts inside

@@ -35,6 +35,7 @@ def spenders(run: Trained) -> dict[str, Words]:
     n, side, depth = dims.patches, dims.rows, dims.layers
     seen = -min(2, run.config.model.vision.layers)  # the tower's last but one layer, if it has two
     third = [max(1, i * depth // 4) for i in (1, 2, 3)]  # 8, 16, 24 of 32
+    near = f",neighbours={n - 1}" if n <= 32 else ""  # officially 32
 
     def zipped(x: float) -> str:
         total = max(2, int(n * x))
@@ -43,11 +44,11 @@ def spenders(run: Trained) -> dict[str, Words]:
 
     def pruned(x: float) -> str:
         top = max(1, int(n * x) - 1)
-        return f"prumerge:ratio={(top + 0.5) / n:.6f},budget={top}"
+        return f"prumerge:ratio={(top + 0.5) / n:.6f},budget={top}{near}"
 
     def spread(x: float) -> str:
         kept = max(2, int(n * x) - 1)
-        return f"prumerge_plus:ratio={(kept // 2 + 0.5) / n:.6f},budget={kept}"
+        return f"prumerge_plus:ratio={(kept // 2 + 0.5) / n:.6f},budget={kept}{near}"
 
     def sparse(x: float) -> str:
         counts = [max(1, int(n * x * part / 300)) for part in (300, 200, 110)]
