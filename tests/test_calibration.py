@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from focus_jax import calibration, golden_cuts, report
+from focus_jax import calibration, charts
 from focus_jax.calibration import choose_heads, first_within, usual_first, withdrawal_curve
 from focus_jax.compress.baselines import full
 from focus_jax.compress.method import Method
 from focus_jax.compress.text_guided import TextGuided
 from focus_jax.compress.vtw import vtw
 from focus_jax.config import ModelConfig
-from focus_jax.golden_decoder import read_case
+from focus_jax.golden import cuts
+from focus_jax.golden.decoder import read_case
 from focus_jax.models.streams import Streams, fold, pack
 from focus_jax.models.vlm import VLM, Inputs
 from tests.models.tiny_models import RUN, SINGLE, TILED, random_inputs, random_model, random_tree
@@ -80,7 +81,7 @@ def test_a_curve_is_what_each_withdrawal_does(case):
 
 def test_the_official_search():
     case = read_case(GOLDEN)
-    found, wanted = golden_cuts.search(case), case.arrays
+    found, wanted = cuts.search(case), case.arrays
     close = np.testing.assert_allclose
     close(found["logits_full_last"], wanted["logits_full_last"], rtol=0, atol=2e-4)
     close(found["last_hidden_per_layer"], wanted["last_hidden_per_layer"], rtol=0, atol=1e-4)
@@ -223,19 +224,19 @@ def test_pictures_show_what_was_chosen(tmp_path):
     kl = np.array([[0.5, 0.01, 0.0], [0.3, 0.02, 1e-5]])
     green = (0x00, 0x9E, 0x73)
     for layer in (2, None):
-        report.divergence_plot(tmp_path / "kl.png", range(1, 4), kl, 0.02, layer)
+        charts.divergence_plot(tmp_path / "kl.png", range(1, 4), kl, 0.02, layer)
         assert (pixels(tmp_path / "kl.png", green) > 50) == (layer is not None)
-    report.divergence_plot(tmp_path / "kl.png", [1], np.zeros((2, 1)), 0.02, 1)
+    charts.divergence_plot(tmp_path / "kl.png", [1], np.zeros((2, 1)), 0.02, 1)
     importance, mask = np.geomspace(0.01, 10, 12).reshape(3, 4), np.ones((3, 4), bool)
-    report.head_picture(tmp_path / "heads.png", importance, mask)
+    charts.head_picture(tmp_path / "heads.png", importance, mask)
     whole = pixels(tmp_path / "heads.png", (255, 255, 255), 0)
     mask[0] = False
-    report.head_picture(tmp_path / "heads.png", importance, mask)
+    charts.head_picture(tmp_path / "heads.png", importance, mask)
     assert pixels(tmp_path / "heads.png", (255, 255, 255), 0) > whole + 100
     with pytest.raises(ValueError, match=r"give \[S, K\]"):
-        report.divergence_plot(tmp_path / "kl.png", [1, 2], kl, 0.02, None)
+        charts.divergence_plot(tmp_path / "kl.png", [1, 2], kl, 0.02, None)
     with pytest.raises(ValueError, match=r"give both \[L, H\]"):
-        report.head_picture(tmp_path / "heads.png", importance, mask[:2])
+        charts.head_picture(tmp_path / "heads.png", importance, mask[:2])
 
 
 def pixels(path: Path, colour: tuple[int, int, int], tolerance: int = 12) -> int:

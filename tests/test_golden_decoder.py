@@ -9,7 +9,7 @@ from focus_jax.compress.fastv import fastv
 from focus_jax.compress.pyramiddrop import pyramiddrop
 from focus_jax.compress.sparsevlm import sparsevlm
 from focus_jax.compress.vtw import vtw
-from focus_jax.golden_decoder import inputs_of, load, method_of, read_case, texts
+from focus_jax.golden.decoder import inputs_of, load, method_of, read_case, texts
 
 RECORDED = Path(__file__).parent / "golden"
 

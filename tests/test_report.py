@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from focus_jax import report
+from focus_jax import charts, report
 
 
 def view(layers=3, cut_layers=(1,), kept=((1.0, 1.0), (5.5, 5.5)), **changes):
@@ -78,21 +78,21 @@ def test_a_failure_leaves_the_old_picture_and_nothing_else(tmp_path, monkeypatch
 
     monkeypatch.setattr(report.FigureCanvasAgg, "print_png", broken)
     with pytest.raises(OSError, match="disk full"):
-        report.line_plot(path, {"a": [(0, 1)]}, "x", "y", "t")
+        charts.line_plot(path, {"a": [(0, 1)]}, "x", "y", "t")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_charts_draw_each_series_in_its_colour(tmp_path):
     path = tmp_path / "chart.png"
-    report.line_plot(path, {"a": [(1, 2), (0, 1)], "b": [(0, 2)]}, "step", "loss", "Loss")
+    charts.line_plot(path, {"a": [(1, 2), (0, 1)], "b": [(0, 2)]}, "step", "loss", "Loss")
     blue, orange = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
     assert pixels(path, blue) > 100 and pixels(path, orange) > 20
-    points = [report.MethodPoint("full", 1.0, 0.9, 0.85, 0.95)]
-    report.accuracy_plot(path, points)
+    points = [charts.MethodPoint("full", 1.0, 0.9, 0.85, 0.95)]
+    charts.accuracy_plot(path, points)
     assert pixels(path, blue) > 100 and pixels(path, orange) == 0
     # Eleven methods at one place: more than the label positions, and none may be lost.
-    report.accuracy_plot(path, [dataclasses.replace(points[0], name=f"m{i}") for i in range(11)])
+    charts.accuracy_plot(path, [dataclasses.replace(points[0], name=f"m{i}") for i in range(11)])
     assert pixels(path, orange) > 50
 
 
@@ -122,10 +122,10 @@ def test_markdown_table():
         (lambda p: report.sampler_figure(p, picture() / 255, [view()]), ValueError, "float64"),
         (lambda p: view(scale_map=np.ones((3, 2), int)), ValueError, "scale_map"),
         (lambda p: view(kept_size=np.ones(5)), ValueError, "kept"),
-        (lambda p: report.accuracy_plot(p / "a.png", []), ValueError, "points is empty"),
-        (lambda p: report.line_plot(p / "a", {"a": []}, "", "", ""), ValueError, "no points"),
+        (lambda p: charts.accuracy_plot(p / "a.png", []), ValueError, "points is empty"),
+        (lambda p: charts.line_plot(p / "a", {"a": []}, "", "", ""), ValueError, "no points"),
         (
-            lambda p: report.line_plot(p / "no" / "a.png", {"a": [(0, 0)]}, "", "", ""),
+            lambda p: charts.line_plot(p / "no" / "a.png", {"a": [(0, 0)]}, "", "", ""),
             FileNotFoundError,
             "not a folder",
         ),

@@ -9,8 +9,9 @@ from focus_jax.benchmark.methods import DEPTH, words_of
 from focus_jax.benchmark.record import Line, Record
 from focus_jax.benchmark.report import ratio_cell, spread
 from focus_jax.benchmark.sweep import GROUP, Cell, Sweep
+from focus_jax.charts import speed_plot
 from focus_jax.evaluate.study import write_json
-from focus_jax.report import markdown_table, speed_plot
+from focus_jax.report import markdown_table
 from focus_jax.workdir import write_text
 
 SHARE, REACHED = 0.03, 0.85  # the most of a prefill for samplers; the least of a planned speed-up
@@ -117,6 +118,11 @@ def other_row(lines: Sequence[Line], fulls: Sequence[Line], cell: tuple[Any, ...
 # --------------------------------------------------------------------------------- pages
 
 
+def speedup_cell(value: Mapping[str, float]) -> str:
+    """With the spread where there is one."""
+    return ratio_cell(value) if value["min"] < value["max"] else f"{value['median']:.2f}"
+
+
 COLUMNS: tuple[tuple[str, str, Any], ...] = (
     ("method", "method", ""),
     ("entering", "slots entering", "d"),
@@ -126,7 +132,7 @@ COLUMNS: tuple[tuple[str, str, Any], ...] = (
     ("sampler", "samplers, ms", lambda seconds: f"{1e3 * seconds:.1f}"),
     ("sampler_share", "of 32 layers", ".1%"),
     ("prefill", "prefill, s", ".3g"),
-    ("speedup", "speed-up", ratio_cell),
+    ("speedup", "speed-up", speedup_cell),
     ("planned_speedup", "planned", ".2f"),
     ("reached", "measured / planned", ".2f"),
     ("decode", "decode, tokens/s", ".3g"),
@@ -138,8 +144,9 @@ Every method beside all tokens in one process on one set of weights; the prefill
 timed before and behind each group of {group} methods, and speed-ups are ratios to the nearest of
 them: the median, with the least and the most of the rounds. Prefill: what generating runs behind
 the tower. FLOPs: decoder, head and cuts of one image, as a share of all tokens'; the compiler's
-with attention without loops. Samplers: seconds of the vision stage beyond that of all tokens, and
-of the cuts, as programs of their own; their share is of {depth} such layers with all tokens.
+with attention without loops, as it counts a loop's body once (so it does of greedy selections).
+Samplers: seconds of the vision stage beyond that of all tokens, and of the cuts, as programs of
+their own; their share is of {depth} such layers with all tokens.
 Misses: samplers above {share:.0%}, or less than {reached:.2f} of the planned speed-up.
 """
 

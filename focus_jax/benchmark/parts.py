@@ -94,7 +94,7 @@ def requested(cfg: ModelConfig, method: Method) -> list[tuple[str, str, int]]:
 
 
 def tower_rows(vlm: VLM, pixels: Any, layers: tuple[int, ...]) -> dict[str, jax.Array]:
-    """`features`, and `hidden@l` of the layers, for all tiles."""
+    """What the tower always gives, and `hidden@l` of the layers, for all tiles."""
     flat = pixels.reshape(-1, *pixels.shape[2:])
     return vlm.vision(flat, tuple(f"hidden@{layer}" for layer in layers))
 
@@ -109,20 +109,18 @@ def shrunk(vlm: VLM, pixels: Any) -> jax.Array:
 def sampled(vlm: VLM, inputs: Inputs, rows: Rows, key: Any) -> VisualTokens:
     """What `VLM.see` does between tower and projector, the arrays that a stage asks for included.
 
-    `rows` are the tower's, the hidden rows of each requested layer among them.
+    `rows` are what the tower gives, with the hidden rows of each requested layer.
     """
     stage, (b, m) = vlm.method.vision, inputs.pixels.shape[:2]
-    named = {
+    asked = {
         request: vlm.vision.hand_out(name, layer, rows[f"hidden@{layer}"])
         for request, name, layer in requested(vlm.cfg, vlm.method)
     }
-    by_image = lambda a: a.reshape(b, m, *a.shape[1:])  # noqa: E731
+    named = {name: a.reshape(b, m, *a.shape[1:]) for name, a in {**rows, **asked}.items()}
     grid, dims = vlm.cfg.vision.grid, dims_of(vlm.cfg, m)
     row_valid = inputs.patch_valid.reshape(b, m, grid, grid).any(-1)
-    views = Views(
-        by_image(rows["features"]), inputs.patch_valid, row_valid, inputs.origin,
-        {name: by_image(a) for name, a in named.items()},
-    )  # fmt: skip
+    features = named.pop("features")
+    views = Views(features, inputs.patch_valid, row_valid, inputs.origin, named)
     ctx = context(block_key(context(key), "vision"))
     groups, _ = stage.apply(views, dims, vlm.samplers.get("vision"), vlm.projector, ctx)
     return stitch(groups, views, dims, stage.band(dims), stage.tile_newline)
@@ -200,13 +198,11 @@ def decode_rate(vlm: VLM, prompt: Prefilled, size: int) -> float:
     The first step compiles; the median of two halves of the others counts.
     """
     key, rules = jax.random.key(0), Sampling(max_new_tokens=size).rules()
-    batch = prompt.logits.shape[0]
     state = run_begin(prompt.logits, prompt.caches, rules, key, size=size, greedy=True)
-    done, rates = min(2, size - 1), []
-    state = jax.block_until_ready(decode_many(vlm, state, jnp.asarray(done), rules, key))
-    for until in sorted({(size + done) // 2, size} - {done}):
-        start = time.perf_counter()
-        state = jax.block_until_ready(decode_many(vlm, state, jnp.asarray(until), rules, key))
-        rates.append(batch * (until - done) / (time.perf_counter() - start))
+    done, rates = 1, []
+    for until in sorted({2, (size + 2) // 2, size}):
+        start, limit = time.perf_counter(), jnp.asarray(until, jnp.int32)
+        state = jax.block_until_ready(decode_many(vlm, state, limit, rules, key))
+        rates.append(len(prompt.logits) * (until - done) / (time.perf_counter() - start))
         done = until
-    return median(rates)
+    return median(rates[1:] or rates)

@@ -19,7 +19,6 @@ from focus_jax.benchmark.parts import (
 from focus_jax.benchmark.scene import Scene, Step
 from focus_jax.benchmark.sweep import Sweep
 from focus_jax.compress.method import Cut, Method
-from focus_jax.models.params import with_method
 from focus_jax.models.vlm import VLM
 from focus_jax.report import markdown_table
 
@@ -77,13 +76,17 @@ WHOLE = "prefill, one program"
 def measured(scene: Scene, method: Method) -> Iterator[Part]:
     """The parts in the order in which they run, then the whole prefill."""
     prepared = scene.prepare(method)
-    vlm, visual = prepared.vlm, prepared.visual
-    layers = scene.weights.model(Uncut(method.name, method.vision, method.cuts, method.compute))
-    for step in (*front(scene, vlm), *scene.steps(vlm, visual, layers)):
-        yield Part(step.name, timed(step.call).seconds, operations(scene.weights, step))
+    uncut = Uncut(method.name, method.vision, method.cuts, method.compute)
+    vlm, layers = prepared.vlm, scene.weights.model(uncut)
+    cfg = replace(scene.weights.cfg, attention="xla", unroll=True)
+    plain = Weights(cfg, scene.weights.tree)
+    countable = {method: plain.model(method), uncut: plain.model(uncut)}
     key, room = jax.random.key(0), {"room": scene.job.new_tokens}
-    whole = Step(WHOLE, vlm, prefill_once, (scene.inputs, visual, key), room)
-    yield Part(WHOLE, timed(whole.call).seconds, operations(scene.weights, whole))
+    steps = [*front(scene, vlm), *scene.steps(vlm, prepared.visual, layers)]
+    steps.append(Step(WHOLE, vlm, prefill_once, (scene.inputs, prepared.visual, key), room))
+    for step in steps:
+        flops = operations(countable[step.vlm.method], step)
+        yield Part(step.name, timed(step.call).seconds, flops)
 
 
 def front(scene: Scene, vlm: VLM) -> Iterator[Step]:
@@ -100,11 +103,8 @@ def front(scene: Scene, vlm: VLM) -> Iterator[Step]:
     yield Step("projector", vlm, projected, (stage.call(),), {})
 
 
-def operations(weights: Weights, step: Step) -> float:
-    """What the compiler counts: attention without loops, whose bodies it would count once."""
-    cfg = replace(weights.cfg, attention="xla", unroll=True)
-    tree = weights.tree
-    vlm = with_method(cfg, tree, step.vlm.method, lambda: {"samplers": step.vlm.samplers})
+def operations(vlm: VLM, step: Step) -> float:
+    """What the compiler counts, with a model of no loops: it counts their bodies once."""
     lowered = jax.jit(step.function, static_argnames=tuple(step.static)).lower(
         vlm, *step.args, **step.static
     )

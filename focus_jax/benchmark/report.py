@@ -13,7 +13,7 @@ SIDES = {"hf": "transformers", "full": "focus_jax", "cut": "focus_jax, cut"}
 def label(name: str) -> tuple[str, str]:
     """What a measurement is called in the table, and its unit."""
     what, _, count = name.partition(":")
-    tiles = f"{count} tile{'s' if count != '1' else ''}"
+    tiles = tiles_words(count)
     return {
         "load": ("load the checkpoint", "s"),
         "tower": (f"vision tower and projector, {tiles}", "s"),
@@ -21,6 +21,11 @@ def label(name: str) -> tuple[str, str]:
         "decode": (f"decode, batch {count}", "tokens/s"),
         "memory": ("peak memory", "GiB"),
     }[what]
+
+
+def tiles_words(count: int | str) -> str:
+    """`1 tile`, `5 tiles`."""
+    return f"{count} tile{'s' if str(count) != '1' else ''}"
 
 
 def ratios(rounds: Sequence[Mapping[str, Measured]], name: str, a: str, b: str) -> list[float]:

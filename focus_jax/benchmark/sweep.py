@@ -20,6 +20,7 @@ from focus_jax.benchmark.parts import (
     with_layers,
 )
 from focus_jax.benchmark.record import Line, Record, machine
+from focus_jax.benchmark.report import tiles_words
 from focus_jax.benchmark.scene import Prepared, Scene
 from focus_jax.compress.method import Method
 from focus_jax.models.vlm import dims_of
@@ -39,8 +40,7 @@ class Cell(NamedTuple):
 
     @property
     def words(self) -> str:
-        tiles = "1 tile" if self.tiles == 1 else f"{self.tiles} tiles"
-        return f"{tiles}, batch {self.batch}"
+        return f"{tiles_words(self.tiles)}, batch {self.batch}"
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def count_all(sweep: Sweep, record: Record, tell: Tell) -> None:
         sweep.method(name, layers)
     for done, (name, tiles, layers) in enumerate(left, start=1):
         record.add(count(sweep, name, tiles, layers))
-        tell(f"counted {done}/{len(left)}: {name}, {tiles} tiles, {layers} layers")
+        tell(f"counted {done}/{len(left)}: {name}, {tiles_words(tiles)}, {layers} layers")
 
 
 def count(sweep: Sweep, name: str, tiles: int, layers: int) -> Line:

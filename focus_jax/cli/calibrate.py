@@ -17,6 +17,7 @@ import numpy as np
 
 from focus_jax import calibration
 from focus_jax.calibration import Batch, HeadChoice
+from focus_jax.charts import divergence_plot, head_picture
 from focus_jax.cli.arguments import Meter, Parser, argv_or, not_negative, positive
 from focus_jax.cli.common import friendly
 from focus_jax.compress.yopo import save_head_mask
@@ -30,7 +31,7 @@ from focus_jax.models.vlm import VLM
 from focus_jax.objectives import inputs_of
 from focus_jax.pipeline import Pipeline, load
 from focus_jax.prompts import check_context, make_inputs
-from focus_jax.report import divergence_plot, head_picture, markdown_table
+from focus_jax.report import markdown_table
 from focus_jax.training import for_device
 from focus_jax.workdir import TEMPLATES, data_source, loader_config
 

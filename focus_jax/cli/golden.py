@@ -10,8 +10,8 @@ from focus_jax.cli.arguments import Parser, argv_or
 from focus_jax.cli.common import friendly
 from focus_jax.compilation import keep_compiled
 from focus_jax.evaluate.study import write_json
-from focus_jax.golden import METHODS, check, summary
-from focus_jax.golden_case import find
+from focus_jax.golden.case import find
+from focus_jax.golden.replay import METHODS, check, summary
 
 
 @friendly

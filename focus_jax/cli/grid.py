@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from focus_jax.charts import MethodPoint, accuracy_plot
 from focus_jax.cli.arguments import Meter, Parser, argv_or, not_negative
 from focus_jax.cli.common import friendly, split_flags
 from focus_jax.data.glyph_config import SPLITS
@@ -18,7 +19,7 @@ from focus_jax.experiment import Experiment, load_program, override
 from focus_jax.methods import parse_method, split_methods
 from focus_jax.models.params import abstract, is_sampler, named_leaves
 from focus_jax.models.vlm import dims_of
-from focus_jax.report import MethodPoint, accuracy_plot, markdown_table
+from focus_jax.report import markdown_table
 from focus_jax.workdir import write_text
 
 Setting = tuple[str, str]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -211,6 +212,9 @@ class PruMerge(VisionStage):
             ratio = jnp.full(shape, self.ratio)
             top = keep_count(here, self.ratio, floor=True)
             step = jnp.full(shape, fixed_samples(self.ratio, self.spatial)[1])
+        if self.ratio is None and self.strict:
+            tops, steps = official_counts(valid.shape[-1], valid.size, self.spatial)
+            top, step = jnp.asarray(tops)[outliers], jnp.asarray(steps)[outliers]
         if not self.summary:
             top = jnp.maximum(top, jnp.minimum(here, 1))
         quartiles = jnp.stack([jnp.broadcast_to(q, shape) for q in (low, high)], axis=-1)
@@ -350,6 +354,19 @@ class PruMerge(VisionStage):
                 ..., : self.neighbours
             ],
         }
+
+
+def official_counts(
+    patches: int, everywhere: int, spatial: int
+) -> tuple[Int[np.ndarray, " K"], Int[np.ndarray, " K"]]:
+    """How many of the highest stay and the step of samples, for 0, 1, ... outliers of a batch.
+
+    In the official code's binary fractions: int(N (k / P)) is not always N k // P.
+    """
+    shares = [k / everywhere for k in range(1, everywhere + 1)]
+    tops = [0, *(int(patches * share) for share in shares)]
+    steps = [everywhere, *(int(int(1 / share) / max(spatial, 1)) for share in shares)]
+    return np.asarray(tops, np.int32), np.asarray(steps, np.int32)
 
 
 def fixed_samples(ratio: float, spatial: int) -> tuple[int, int]:

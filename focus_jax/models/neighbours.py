@@ -47,11 +47,13 @@ def places_of(centre: Float[Array, "B N 2"], view: Int[Array, "B N"]) -> Places:
 class Near(NamedTuple):
     """How visual rows find the visual keys that they may see: by a mask, by blocks, or, with
     neither, all before them. `home`: where blocks hold a row, None where rows stand in that order.
+    `uses`: all the key cells that hold a row.
     """
 
     mask: Bool[Array, "B N N"] | None = None
     blocks: Blocks | None = None
     home: Int[Array, "B N"] | None = None
+    uses: Selection | None = None  # [B N U]
 
 
 def within(gap: Float[Array, "*B 2"], rows: Layout) -> Bool[Array, "*B"]:
@@ -131,11 +133,48 @@ def arranged(visual: Selection, lie: Places, rows: Layout) -> tuple[Selection, N
     slots = jnp.broadcast_to(jnp.arange(flat.index.shape[1], dtype=jnp.int32), flat.index.shape)
     home = jnp.maximum(scattered(flat.index, slots, flat.valid, visual.index.shape[1]), 0)
     if not rows.aligned:
-        return visual, Near(blocks=blocks, home=home)
+        return visual, Near(blocks=blocks, home=home, uses=uses_of(blocks.key, rows))
     visual = Selection(take_values(visual.index, flat, 0), take_values(visual.valid, flat, False))
     key = blocks.key.index
     key = jnp.take_along_axis(home, key.reshape(key.shape[0], -1), axis=1).reshape(key.shape)
-    return visual, Near(blocks=Blocks(blocks.query, Selection(key, blocks.key.valid)))
+    keys = Selection(key, blocks.key.valid)
+    return visual, Near(blocks=Blocks(blocks.query, keys), uses=uses_of(keys, rows))
+
+
+def uses_of(key: Selection, rows: Layout) -> Selection:
+    """The key cells, counted over all blocks, in which each row stands: [B N U]."""
+    most = ((rows.side - 1 + 2 * rows.half) // rows.side + 1) ** 2
+    flat = jnp.where(key.valid, key.index, rows.visual).reshape(key.index.shape[0], -1)
+    order = jnp.argsort(flat, axis=1, stable=True)
+    row = jnp.take_along_axis(flat, order, axis=1)
+    count = jnp.broadcast_to(jnp.arange(row.shape[1], dtype=jnp.int32), row.shape)
+    begins = jnp.pad(row[:, 1:] != row[:, :-1], [(0, 0), (1, 0)], constant_values=True)
+    rank = count - jax.lax.cummax(jnp.where(begins, count, 0), axis=1)
+    found = scattered(row * most + rank, order, row < rows.visual, rows.visual * most)
+    found = found.reshape(-1, rows.visual, most)
+    return Selection(jnp.maximum(found, 0), found >= 0)
+
+
+@jax.custom_vjp
+def spread(
+    x: Float[Array, "B N K"], index: Int[Array, "B A"], uses: Selection
+) -> Float[Array, "B A K"]:
+    """Rows of `x` at `index`, each as often as `uses` knows; the gradient is a gather as well."""
+    return jnp.take_along_axis(x, index[..., None], axis=1, mode="clip")
+
+
+def _spread_forward(x, index, uses):
+    return spread(x, index, uses), uses
+
+
+def _spread_backward(uses, gradient):
+    b, rows, most = uses.index.shape
+    parts = jnp.take_along_axis(gradient, uses.index.reshape(b, -1, 1), axis=1, mode="clip")
+    parts = jnp.where(uses.valid.reshape(b, -1, 1), parts, 0)
+    return parts.reshape(b, rows, most, -1).sum(2), None, None
+
+
+spread.defvjp(_spread_forward, _spread_backward)
 
 
 # ---------------------------------------------------------------- attention of one head
@@ -213,8 +252,7 @@ def block_piece(
     count, side = rows.blocks, rows.side**2
 
     def halo(x: Array) -> Float[Array, "B A J K"]:
-        at = blocks.key.index.reshape(b, -1, 1)
-        return jnp.take_along_axis(x, at, axis=1, mode="clip").reshape(b, count, -1, d)
+        return spread(x, blocks.key.index.reshape(b, -1), near.uses).reshape(b, count, -1, d)
 
     if near.home is not None:
         at = blocks.query.index.reshape(b, 1, -1, 1)

@@ -94,7 +94,8 @@ class VisionTower(nnx.Module):
     """The tower. Layers are stacked [L, ...] and scanned.
 
     `__call__` gives a dict of named arrays: always `features` [B N C] (patches of
-    `feature_layer`) and `class_token` [B 1 C] (its row there, if it has one), and for each requested `name@layer`:
+    `feature_layer`) and `class_token` [B 1 C] (its row there, if it has one), and for each
+    requested `name@layer`:
     `cls_attention@l` [B H N] (softmax over class token and patches, class column dropped),
     `queries@l`, `keys@l` [B 1+N C] (with bias, before scaling; class token first),
     `cls_query@l` [B 1 C] (the class token's row of the queries),

@@ -344,10 +344,14 @@ class VLM(nnx.Module):
         ctx: Context,
         keep: int = 0,
         observe: bool = False,
+        before: Streams | None = None,
     ) -> Decoded:
-        """Run decoder stages, each behind its cut; `entering` slots entered the decoder."""
+        """Run decoder stages, each behind its cut; `entering` slots entered the decoder.
+
+        `before`: what the stage before these ran on (`Decoded.entry`), for a cut that looks back.
+        """
         aux, caches, importance = empty_aux(), [], []
-        ran: Streams | None = None
+        ran = before
         for stage in stages:
             s, more = self.cut(s, stage, entering, ctx, ran)
             aux, ran = merge_aux(aux, more), s

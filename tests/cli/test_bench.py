@@ -5,6 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from focus_jax.benchmark import figures, profile, sweep
+from focus_jax.benchmark.job import model_config
+from focus_jax.benchmark.parts import Weights
+from focus_jax.benchmark.record import Record
 from focus_jax.benchmark.report import ratios, summary, table
 from focus_jax.cli import bench
 from focus_jax.cli.bench import main, measure
@@ -95,6 +99,9 @@ def test_transformers_side_has_the_same_rows(next_job):
         (["--preset", "tiny", "--text", "8"], "give more"),
         (["--preset", "tiny", "--keep", "2", "--against", "none"], "keep=2.0"),
         (["--checkpoint", "x", "--layers", "2"], "--layers goes with --preset"),
+        (["--preset", "tiny", "--methods", "full,fastw"], "'fastw': did you mean fastv"),
+        (["--preset", "tiny", "--methods", "visionzip"], "visionzip with 4 layers: 'cls_attention"),
+        (["--preset", "tiny", "--profile", "vtw:layer=9"], "vtw:layer=9 with 4 layers: "),
     ],
 )
 def test_errors(flags, said, capsys):
@@ -106,3 +113,31 @@ def test_a_side_that_fails_says_why(next_job, tmp_path):
     job = replace(bench.job_of(next_job), preset="", checkpoint=str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"focus_jax did not finish: error: .*none"):
         bench.run(job)
+
+
+def test_methods_are_measured_in_this_process_and_reported(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(sweep, "measure", lambda *args: asked.append(args))
+    monkeypatch.setattr(figures, "report_of", lambda _, record, out: f"{record.path} {out}")
+    monkeypatch.setattr(bench, "run", lambda job: {"side": job.side})
+    flags = ["--preset", "llava_next_vicuna_7b", "--layers", "8", "--methods", "vtw,full"]
+    assert main([*flags, "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'measurements.jsonl'} {tmp_path}"
+    assert main([*flags, "--against", "none", "--big-layers", "6", "--rounds", "2"]) == 0
+    (one, record, other, _), (two, nowhere, none, _) = asked
+    assert one.methods == ("full", "vtw") and (one.rounds, one.big_layers) == (1, 4)
+    assert (one.job.tiles, one.job.batch, one.job.side) == ((1, 5), (1, 4), "full")
+    assert other() == {"side": "hf"} and none is None
+    assert (two.rounds, two.big_layers) == (2, 6) and nowhere.path is None
+    assert record.path.is_file()
+    with pytest.raises(ValueError, match="new_tokens was 12, is 5"):
+        Record(record.path, replace(one, job=replace(one.job, new_tokens=5)).settings())
+
+
+def test_a_method_is_profiled_beside_full(monkeypatch, capsys):
+    monkeypatch.setattr(profile, "load", lambda job: Weights(model_config(job), {}))
+    monkeypatch.setattr(profile, "profile", lambda scene, method: f"{scene.batch} {method.name}\n")
+    assert main(["--preset", "tiny", "--layers", "4", "--profile", "fastv"]) == 0
+    out = capsys.readouterr().out
+    assert "## full: 1 tile, batch 1, 4 layers\n\n1 full\n" in out
+    assert "## fastv: 1 tile, batch 1, 4 layers\n\n1 fastv\n" in out

@@ -1,17 +1,13 @@
 """Reference outputs of other methods' own code on small CLIP towers, and our tower on them."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from focus_jax import hf, hf_config
 from focus_jax.compress.method import Dims, Views
-from focus_jax.config import DecoderConfig, ModelConfig
-from focus_jax.models.params import named_leaves, with_leaves
+from focus_jax.golden.vision import tower
 from focus_jax.models.vision import VisionTower
 from tests.quick import compiled
 
@@ -23,37 +19,19 @@ def arrays(case: str) -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / case / "arrays.npz"))
 
 
-def golden_tower(directory: Path) -> VisionTower:
-    """CLIP's tower of a case, for pixels that are normalised already."""
-    vision = replace(
-        hf_config.tower_config(directory), feature_layer=-2, pixel_mean=(0.0,) * 3,
-        pixel_std=(1 / 255,) * 3,
-    )  # fmt: skip
-    cfg = ModelConfig(
-        vision=vision,
-        decoder=DecoderConfig(
-            vocab_size=2, width=4, layers=1, heads=1, kv_heads=1, head_dim=4, mlp_width=4
-        ),
-    )
-    shape = nnx.eval_shape(lambda: VisionTower(cfg, rngs=nnx.Rngs(0)))
-    wanted = {f"vision.{name}": leaf for name, leaf in named_leaves(shape).items()}
-    tree = hf.load(cfg, hf.tower_entries(directory), wanted, directory, None, workers=1)
-    return with_leaves(shape, {name.removeprefix("vision."): a for name, a in tree.items()})
-
-
 @compiled
-def run_tower(tower: VisionTower, pixels: jax.Array) -> dict[str, jax.Array]:
+def run_tower(vision: VisionTower, pixels: jax.Array) -> dict[str, jax.Array]:
     """All that the methods ask of a tower."""
     requests = (
         "cls_query@-1", "keys@-1", "cls_attention@-1", "hidden@-1", "cls_attention@-2", "keys@-2",
     )  # fmt: skip
     with jax.default_matmul_precision("highest"):
-        return tower(pixels, requests)
+        return vision(pixels, requests)
 
 
 def seen(directory: Path, pixel_values: np.ndarray) -> Views:
     """Images of one tile each through the tower of a case: [B 3 S S]."""
-    out = run_tower(golden_tower(directory), jnp.asarray(pixel_values).transpose(0, 2, 3, 1))
+    out = run_tower(tower(directory), jnp.asarray(pixel_values).transpose(0, 2, 3, 1))
     return views({name: np.asarray(a)[:, None] for name, a in out.items()})
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from focus_jax.golden_decoder import answers, read_case, replay
+from focus_jax.golden.decoder import answers, read_case, replay
 
 RECORDED = Path(__file__).parents[1] / "golden"
 SCORES = {"fastv": 1e-4, "pyramiddrop": 1e-4, "sparsevlm": 1e-3}  # relative

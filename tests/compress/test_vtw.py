@@ -8,7 +8,7 @@ import pytest
 from focus_jax.compress.baselines import full
 from focus_jax.compress.method import Context, block_key
 from focus_jax.compress.vtw import leaving, vtw
-from focus_jax.golden_decoder import read_case, replay
+from focus_jax.golden.decoder import read_case, replay
 from tests.compress.layer_views import random_layer
 from tests.compress.recorded import RECORDED, assert_replayed
 from tests.compress.slow_decoder import (

@@ -16,7 +16,7 @@ from focus_jax.compress.visual_compute import VisualCompute, heads_of, layout
 from focus_jax.compress.vtw import Withdraw
 from focus_jax.compress.yopo import load_head_mask, save_head_mask, yopo
 from focus_jax.config import llava_1_5_7b, llava_1_5_13b, llava_next_vicuna_7b
-from focus_jax.golden_decoder import read_case, replay
+from focus_jax.golden.decoder import read_case, replay
 from focus_jax.models.vlm import dims_of, sizes_of
 from tests.compress.test_plan import BASE, SMALL, counted
 from tests.models.tiny_models import SINGLE
@@ -46,8 +46,13 @@ def recorded(case, mass: str, mode: str) -> Method:
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("all", "masked"), ("all", "efficient"), ("headmask", "efficient")]
-)
+    ("name", "mode"),
+    [
+        ("all", "masked"), ("all", "efficient"),
+        pytest.param("headmask", "masked", marks=pytest.mark.slow),
+        pytest.param("headmask", "efficient", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_recorded_runs(name, mode):
     """Prefill and one decoded token of the authors' own code."""
     case = read_case(GOLDEN / name)
@@ -57,12 +62,13 @@ def test_recorded_runs(name, mode):
 
 
 def test_renormalised_mass_is_another_method():
-    """What it changes on the recorded network: about as much as all the knobs together."""
+    """On the recorded network text rows differ by 0.65 (rms), with outputs of about 1."""
     case = read_case(GOLDEN / "all")
     trace = replay(case, recorded(case, "renormalise", "efficient"))
     text = np.r_[0 : case.prefix, case.prefix + case.visual : case.embeds.shape[1]]
-    gap = np.abs(trace.output - case.arrays["prefill_output"][:, text]).max()
-    assert 0.3 < gap < 3
+    gap = trace.output - case.arrays["prefill_output"][:, text]
+    assert np.sqrt((gap[:, case.prefix :] ** 2).mean()) == pytest.approx(0.65, abs=0.01)
+    assert np.abs(gap).max() == pytest.approx(2.95, abs=0.01)
     assert trace.kv_lengths.tolist() == [594] * 3 + [18] * 3
 
 
@@ -214,7 +220,7 @@ STACK = replace(BASE, decoder=replace(BASE.decoder, layers=3))
 GROUPED = replace(SMALL, stacked=False, decoder=replace(SMALL.decoder, layers=3))
 APART = replace(STACK, stacked=False)
 HEADS = ((True,) * 4, (True, False, True, False), (False,) * 4)
-SAMPLED = compose(Method("v", VisionGuided(budget=100)), yopo(window=3, layers=2, whole=0))
+SAMPLED = compose(Method("v", VisionGuided(budget=30)), yopo(window=3, layers=2, whole=0))
 
 
 @pytest.mark.parametrize(
@@ -222,8 +228,7 @@ SAMPLED = compose(Method("v", VisionGuided(budget=100)), yopo(window=3, layers=2
     [
         (APART, of(window=5, heads=HEADS, ffn=2, mass="renormalise"), 1),
         (STACK, of(window=5, heads=0.5, whole=0, layers=2), 2),
-        (GROUPED, yopo(window=None, layers=2, whole=1), 1),
-        (APART, SAMPLED, 2),
+        (GROUPED, SAMPLED, 2),
     ],
 )
 def test_the_plan_is_what_the_compiler_counts(cfg, method, questions):

@@ -47,11 +47,9 @@ def neighbours(rows: RowsOf, knobs: Knobs) -> np.ndarray:
     seen = np.tril(np.ones((size, size), bool))
     if knobs.half is None:
         return seen
-    for i in np.flatnonzero(rows.visual):
-        for j in np.flatnonzero(rows.visual):
-            gap = np.abs(rows.centre[i] - rows.centre[j]).max()
-            seen[i, j] = gap <= knobs.half * knobs.cell + 1e-6 and rows.view[i] == rows.view[j]
-    return seen
+    gap = np.abs(rows.centre[:, None] - rows.centre).max(-1)
+    near = (gap <= knobs.half * knobs.cell + 1e-6) & (rows.view[:, None] == rows.view)
+    return np.where(rows.visual[:, None] & rows.visual, near, seen)
 
 
 def run(tree: dict, cfg, rows: RowsOf, knobs: Knobs) -> np.ndarray:

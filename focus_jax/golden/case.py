@@ -31,19 +31,9 @@ class Recorded(NamedTuple):
         return self.info["knobs"]
 
     @property
-    def left_out(self) -> frozenset[str]:
-        """Arrays that a smaller copy of a case says it lacks, whole or ("q of the patches") partly.
-
-        What is lacking partly can only be an input.
-        """
-        return frozenset(text.split()[0] for text in self.info.get("left_out", ()))
-
-    @property
     def expected(self) -> list[str]:
         """Names of all arrays: those that case.json lists, then those that it does not."""
-        listed = self.info.get("array_shapes", {})
-        there = [n for n in listed if n in self.arrays or n not in self.left_out]
-        return [*there, *(n for n in self.arrays if n not in listed)]
+        return list({**self.info.get("array_shapes", {}), **self.arrays})
 
     def array(self, name: str) -> np.ndarray:
         """An input. ValueError where the case lacks it."""
@@ -54,21 +44,11 @@ class Recorded(NamedTuple):
     def misshapen(self, name: str) -> str:
         """How an array differs from what case.json says of it; empty where it does not."""
         listed = self.info.get("array_shapes", {}).get(name)
-        if listed is None or name in self.left_out:
+        if listed is None:
             return ""
         there = self.arrays[name]
         found, said = (str(there.dtype), *there.shape), tuple(listed)
         return "" if found == said else f"recorded as {words(found)}, case.json says {words(said)}"
-
-
-class Replay(NamedTuple):
-    """What our code computes of a case, by the names of its arrays.
-
-    `inputs`: the names of arrays that were given, and so are not compared.
-    """
-
-    inputs: frozenset[str]
-    found: dict[str, np.ndarray]
 
 
 def words(described: Sequence[Any]) -> str:
@@ -127,7 +107,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"there is no {path}")
     name = ""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: NumPy leaves a file that it cannot read open.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             out = {}
             for name in file.files:
                 out[name] = file[name]

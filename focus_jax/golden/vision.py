@@ -1,6 +1,6 @@
 """Recorded compression of a tower's tokens: PruMerge and VisionZip on small CLIP networks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import isqrt
@@ -11,20 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from focus_jax import hf, hf_config
-from focus_jax.compress.method import Context, Dims, Views
+from focus_jax.compress.method import Context, Dims, Method, Views
 from focus_jax.compress.prumerge import PruMerge, prumerge, prumerge_plus
 from focus_jax.compress.stitch import stitch
 from focus_jax.compress.visionzip import VisionZip, visionzip
 from focus_jax.config import DecoderConfig, ModelConfig
-from focus_jax.golden_case import Recorded, Replay
+from focus_jax.golden.case import Recorded
 from focus_jax.models.params import named_leaves, with_leaves
 from focus_jax.models.vision import VisionTower
 
-HIDDEN = "hidden_minus2"
-# Of what several images share, and official code gives once.
+GIVEN = "pixel_values"
+VARIANTS: dict[str, Callable[..., Method]] = {"plain": prumerge, "plus": prumerge_plus}
+# What several images share: official code gives it once.
 SHARED = (
     "threshold", "q1_q3", "outlier_count", "reduction_ratio", "n_topk", "sample_indices",
 )  # fmt: skip
@@ -59,33 +60,16 @@ def look(
 
 
 def seen(case: Recorded, layer: int, feature_layer: int, asked: tuple[str, ...]) -> Views:
-    """A case's images, one tile each; beside what was `asked`, queries and input of a layer.
-
-    A copy of a case that says it left the images out begins behind the tower.
-    """
+    """A case's images, one tile each; beside what was `asked`, queries and input of a layer."""
     requests = tuple(sorted({*asked, f"queries@{layer}", f"hidden@{layer}"}))
-    if "pixel_values" not in case.arrays and "pixel_values" in case.left_out:
-        named = handed_out(case, layer)
-    else:
-        vision = tower(case.directory, feature_layer)
-        named = look(vision, jnp.asarray(case.array("pixel_values")), requests)
+    pixels = jnp.asarray(case.array("pixel_values"))
+    named = look(tower(case.directory, feature_layer), pixels, requests)
     named = {name: a[:, None] for name, a in named.items()}
     features = named.pop("features")
     b, _, n, _ = features.shape
     side = isqrt(n)
     valid, rows = jnp.ones((b, 1, n), bool), jnp.ones((b, 1, side), bool)
     return Views(features, valid, rows, jnp.zeros((b, 1, 2), jnp.int32), named)
-
-
-def handed_out(case: Recorded, layer: int) -> dict[str, Array]:
-    """What was recorded of a tower, by our names; the features are the input of `layer`."""
-    hidden, keys, queries = (
-        jnp.asarray(case.array(name)) for name in (HIDDEN, f"k{layer}", f"q{layer}")
-    )
-    return {
-        "features": hidden[:, 1:], f"hidden@{layer}": hidden, f"keys@{layer}": keys,
-        f"queries@{layer}": queries, f"cls_query@{layer}": queries[:, :1],
-    }  # fmt: skip
 
 
 def dims_of(views: Views) -> Dims:
@@ -106,14 +90,16 @@ def tokens_of(stage: PruMerge | VisionZip, views: Views, dims: Dims) -> tuple[Ar
 # ---------------------------------------------------------------------------------- methods
 
 
-def replay_prumerge(case: Recorded) -> Replay:
+def replay_prumerge(case: Recorded) -> dict[str, np.ndarray]:
     """PruMerge or PruMerge+ as officially, statistics over the whole batch."""
     knobs = case.knobs
-    layer, plus = knobs["qk_layer"], knobs["variant"] == "plus"
+    layer, variant = knobs["qk_layer"], knobs["variant"]
+    if variant not in VARIANTS:
+        raise ValueError(f"PruMerge variant {variant!r}: known are {', '.join(VARIANTS)}")
     asked = (f"cls_query@{layer}", f"keys@{layer}")
     views = seen(case, layer, knobs["select_layer"], asked)
     dims = dims_of(views)
-    method = (prumerge_plus if plus else prumerge)(
+    method = VARIANTS[variant](
         budget=dims.patches, ratio=None if knobs["if_adaptive"] else knobs["reduction_ratio"],
         neighbours=knobs["neighbours"], layer=layer, strict=True,
     )  # fmt: skip
@@ -125,10 +111,10 @@ def replay_prumerge(case: Recorded) -> Replay:
     # Rows of empty slots say nothing.
     found["neighbour_indices"] = found["neighbour_indices"][:, : found["kept_indices"].shape[1]]
     found |= {name: shared(found[name]) for name in SHARED}
-    return replayed(case, found | tower_arrays(views, layer), *tokens_of(stage, views, dims))
+    return found | tower_arrays(views, layer) | {"tokens": rows_of(*tokens_of(stage, views, dims))}
 
 
-def replay_visionzip(case: Recorded) -> Replay:
+def replay_visionzip(case: Recorded) -> dict[str, np.ndarray]:
     """VisionZip as officially, which does not count the class token as dominant."""
     knobs = case.knobs
     method = visionzip(dominant=knobs["dominant_num"] + 1, contextual=knobs["contextual_num"])
@@ -141,22 +127,12 @@ def replay_visionzip(case: Recorded) -> Replay:
     for name in ("all_indices", "dominant_indices", "target_indices", "merged_indices"):
         found[name] = trimmed(found[name])
     found["assignment"] = found["assignment"][:, : found["merged_indices"].shape[1]]
-    return replayed(case, found | tower_arrays(views, last), *tokens_of(stage, views, dims))
-
-
-def replayed(case: Recorded, found: dict[str, np.ndarray], tokens: Array, valid: Array) -> Replay:
-    """With the tokens that came out. What a case begins with is its input."""
-    found["tokens"] = rows_of(np.asarray(tokens), np.asarray(valid))
-    inputs = {"pixel_values"}
-    if "pixel_values" not in case.arrays:
-        layer = case.knobs["qk_layer"]
-        inputs = {HIDDEN, f"q{layer}", f"k{layer}"}
-    return Replay(frozenset(inputs & {*case.arrays}), found)
+    return found | tower_arrays(views, last) | {"tokens": rows_of(*tokens_of(stage, views, dims))}
 
 
 def tower_arrays(views: Views, layer: int) -> dict[str, np.ndarray]:
     """Input, queries and keys of a layer, by the names of a case."""
-    names = {HIDDEN: "hidden", f"q{layer}": "queries", f"k{layer}": "keys"}
+    names = {"hidden_minus2": "hidden", f"q{layer}": "queries", f"k{layer}": "keys"}
     named: Mapping[str, Any] = views.named
     return {
         theirs: np.asarray(named[f"{ours}@{layer}"][:, 0])
@@ -183,7 +159,8 @@ def shared(values: np.ndarray) -> np.ndarray:
     return values[0] if (values == values[:1]).all() else values
 
 
-def rows_of(tokens: Float[np.ndarray, "B S C"], valid: np.ndarray) -> Float[np.ndarray, "B V C"]:
+def rows_of(tokens: Float[Array, "B S C"], there: Bool[Array, "B S"]) -> Float[np.ndarray, "B V C"]:
     """The valid tokens, which stand first; NaN where an image has fewer than another."""
+    valid = np.asarray(there)
     count = int(valid.sum(-1).max(initial=0))
     return np.where(valid[..., None], tokens, np.nan)[:, :count]

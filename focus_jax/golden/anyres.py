@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,16 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from focus_jax.compress.baselines import Full
-from focus_jax.compress.method import Context, Dims, Views
+from focus_jax.compress.method import Context, Dims, Views, VisualTokens
 from focus_jax.compress.stitch import stitch
 from focus_jax.data.images import Tiles
 from focus_jax.data.preprocess import ImageConfig, LayoutName, layout_of, preprocess
-from focus_jax.golden_case import Recorded, Replay
+from focus_jax.golden.case import Recorded
 
-GIVEN = re.compile(r"image_newline|image\d+|features.*")
+GIVEN = r"image_newline|image\d+|features.*"
 
 
-def replay(case: Recorded) -> Replay:
+def replay(case: Recorded) -> dict[str, np.ndarray]:
     """Whatever of a table, tiles and packed tokens a case holds."""
     found: dict[str, np.ndarray] = {}
     if "table" in case.expected:
@@ -27,8 +28,7 @@ def replay(case: Recorded) -> Replay:
         if match := re.fullmatch(r"(tiles|pad)(\d+)", name):
             layout: LayoutName = "anyres" if match[1] == "tiles" else "pad"
             found[name] = pixels(case, layout, match[2])
-    found |= packed(case)
-    return Replay(frozenset(name for name in case.expected if GIVEN.fullmatch(name)), found)
+    return found | dict(packed(case))
 
 
 def config(case: Recorded, layout: LayoutName = "anyres") -> ImageConfig:
@@ -99,8 +99,8 @@ def stitched(
     case: Recorded, features: Float[np.ndarray, "M N C"], tiles: Tiles
 ) -> Float[np.ndarray, "V C"]:
     """Projected features of all tiles, packed as the model packs them when every patch stays."""
-    cfg, stage = config(case), Full()
-    side, width = cfg.size // cfg.patch, features.shape[-1]
+    cfg, width = config(case), features.shape[-1]
+    side = cfg.size // cfg.patch
     dims = Dims(
         rows=side, cols=side, tiles=len(features),
         grids=tuple((high // cfg.size, wide // cfg.size) for wide, high in cfg.pinpoints),
@@ -109,9 +109,15 @@ def stitched(
     patches, rows, origin, given = (
         jnp.asarray(a)[None] for a in (tiles.patch_valid, tiles.row_valid, tiles.origin, features)
     )
-    views = Views(given, patches, rows, origin, {})
+    tokens = stream(Views(given, patches, rows, origin, {}), dims)
+    there = np.asarray(tokens.valid[0])
+    newline = np.asarray(tokens.newline[0, :, None])
+    return np.where(newline, case.array("image_newline"), tokens.features[0])[there]
+
+
+@partial(jax.jit, static_argnames="dims")
+def stream(views: Views, dims: Dims) -> VisualTokens:
+    """Every patch as a token, and newlines."""
+    stage = Full()
     groups, _ = stage.apply(views, dims, None, None, Context(jax.random.key(0)))
-    tokens = stitch(groups, views, dims, stage.band(dims))
-    line = jnp.asarray(case.array("image_newline"))
-    out = np.asarray(jnp.where(tokens.newline[..., None], line, tokens.features))
-    return out[0, np.asarray(tokens.valid[0])]
+    return stitch(groups, views, dims, stage.band(dims))

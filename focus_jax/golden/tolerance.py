@@ -108,15 +108,16 @@ def compare(ours: Any, recorded: np.ndarray, allowed: Tolerance) -> Difference:
     with np.errstate(invalid="ignore", divide="ignore"):
         apart = np.where(same, 0.0, np.abs(ours - recorded))
         relative = np.where(same, 0.0, apart / np.abs(recorded))
+        beyond = ~same & ~(apart <= allowed.atol + allowed.rtol * np.abs(recorded))
+    # Nothing but itself is near an infinity, though a relative tolerance there is one too.
+    beyond |= ~same & ~np.isfinite(recorded)
     worst = float((relative if allowed.atol == 0 else apart).max(initial=0.0))
-    # A NaN on one side, or an infinity, is never within: all comparisons with it are false.
-    within = same | (np.isfinite(recorded) & (apart <= allowed.atol + allowed.rtol * abs(recorded)))
     number = worst if np.isfinite(worst) else None
-    if within.all():
+    if not beyond.any():
         return Difference(number, allowed)
     shown = f"{worst:.1e}" if number is not None else "not finite"
-    beyond = f"{np.sum(~within)} of {within.size} beyond {allowed}"
-    return Difference(number, allowed, f"{shown} ({beyond})")
+    count = f"{beyond.sum()} of {beyond.size} beyond {allowed}"
+    return Difference(number, allowed, f"{shown} ({count})")
 
 
 def compare_exactly(ours: np.ndarray, recorded: np.ndarray) -> Difference:

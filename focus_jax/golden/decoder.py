@@ -4,7 +4,6 @@ A case is a directory with `case.json`, `arrays.npz` and a Hugging Face decoder.
 prefix, visual tokens, text, and perhaps one further token to decode.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -92,7 +91,7 @@ class Trace(NamedTuple):
 
 
 def read_case(directory: str | Path) -> Case:
-    """A recorded decoder run. ValueError: no embeddings, or images that are not square."""
+    """A recorded decoder run. ValueError: no embeddings."""
     directory = Path(directory)
     info = hf_config.read_json(directory / "case.json")
     with np.load(directory / "arrays.npz", allow_pickle=False) as file:
@@ -105,8 +104,6 @@ def read_case(directory: str | Path) -> Case:
     knobs, shapes = info["knobs"], info["shapes"]
     prefix = knobs.get("image_start", shapes.get("S"))
     visual = knobs.get("image_tokens", shapes.get("visual"))
-    if isqrt(visual) ** 2 != visual:
-        raise ValueError(f"{directory} has an image of {visual} tokens: only squares are replayed")
     label = np.zeros((len(embeds), embeds.shape[1] - prefix - visual), bool)
     if "labels" in arrays:
         label = arrays["labels"][:, prefix + visual :] >= 0
@@ -118,24 +115,30 @@ def read_case(directory: str | Path) -> Case:
 
 
 def method_of(case: Case) -> Method:
-    """The method that a case was recorded with.
+    """The method that a case was recorded with, counts rounded as officially.
 
-    ValueError: one that is not replayed here, or a search over layers, which has no method.
+    That is int(n * share) in binary fractions. ValueError: one that is not replayed here, a version
+    of SparseVLM other than 1, or a search over layers, which has no method.
     """
-    knobs = case.knobs
-    made: dict[str, Callable[[], Method]] = {
-        "fastv": lambda: fastv(knobs["K"], 1 - knobs["ratio"]),
-        "pyramiddrop": lambda: pyramiddrop(
-            tuple(knobs["layer_list"]), tuple(knobs["image_token_ratio_list"][1:])
-        ),
-        "vtw": lambda: vtw(knobs["K"]),
-        "sparsevlm": lambda: sparsevlm(knobs["retain"], tuple(knobs["pruning_layers"])),
-    }
-    if case.method not in made:
-        raise ValueError(f"{case.directory} is a run of {case.method!r}: use {', '.join(made)}")
-    if case.method == "vtw" and "K" not in knobs:
+    knobs, visual = case.knobs, case.visual
+    if case.method == "fastv":
+        return fastv(knobs["K"], int(visual * (1 - knobs["ratio"])) / visual)
+    if case.method == "pyramiddrop":
+        shares = knobs["image_token_ratio_list"][1:]
+        keep = tuple(int(visual * share) / visual for share in shares)
+        return pyramiddrop(tuple(knobs["layer_list"]), keep)
+    if case.method == "sparsevlm":
+        if not str(knobs["version"]).startswith("1"):
+            raise ValueError(f"SparseVLM version {knobs['version']!r}: only version 1 is here")
+        # A count above what is there keeps all but one, at each layer.
+        counts = tuple(min(count, visual - i) for i, count in enumerate(knobs["keep_per_layer"]))
+        return sparsevlm(layers=tuple(knobs["pruning_layers"]), keep=counts, of=visual)
+    if case.method != "vtw":
+        known = "fastv, pyramiddrop, sparsevlm, vtw"
+        raise ValueError(f"{case.directory} is a run of {case.method!r}: use {known}")
+    if "K" not in knobs:
         raise ValueError(f"{case.directory} searches for a layer: replay it with each vtw(layer)")
-    return made[case.method]()
+    return vtw(knobs["K"])
 
 
 def load(case: Case, method: Method) -> VLM:
@@ -194,6 +197,8 @@ def inputs_of(case: Case) -> tuple[Inputs, VisualTokens]:
     ids = jnp.arange(b * (case.prefix + text), dtype=jnp.int32).reshape(b, -1)
     side, label = isqrt(case.visual), jnp.asarray(case.label[:, None])
     true = lambda *shape: jnp.ones(shape, bool)  # noqa: E731
+    # An image that is no square ends in a row that is not full.
+    centre = patch_centres(-(-case.visual // side), side)[: case.visual]
     tokens = Inputs(
         pixels=jnp.zeros((b, 1, side, side, 3), jnp.uint8),
         patch_valid=true(b, 1, case.visual),
@@ -208,7 +213,7 @@ def inputs_of(case: Case) -> tuple[Inputs, VisualTokens]:
     visual = VisualTokens(
         features=jnp.asarray(case.embeds[:, case.prefix : case.prefix + case.visual]),
         valid=true(b, case.visual),
-        centre=jnp.broadcast_to(jnp.asarray(patch_centres(side, side)), (b, case.visual, 2)),
+        centre=jnp.broadcast_to(jnp.asarray(centre), (b, case.visual, 2)),
         side=jnp.ones((b, case.visual)),
         view=jnp.zeros((b, case.visual), jnp.int32),
         newline=~true(b, case.visual),
@@ -252,7 +257,8 @@ def run(
         cut = vlm.method.cut_before(stage)
         if cut is None and stage < stages[-1]:
             continue
-        part = vlm.decode(part.streams, range(first, stage + 1), slots, ctx, keep=1)
+        ran = range(first, stage + 1)
+        part = vlm.decode(part.streams, ran, slots, ctx, keep=1, before=part.entry)
         caches, aux, first = caches + part.caches, merge_aux(aux, part.aux), stage + 1
         if cut is not None and part.entry is not None:
             entries[cut.layer] = packed_rows(part.entry)
