@@ -8,7 +8,7 @@ from importlib import import_module
 
 # Each is a module of focus_jax.cli with a `main`; imported when asked for, so that help is quick.
 COMMANDS = {
-    "bench": "speed and memory beside transformers, and of a text-guided cut",
+    "bench": "speed and memory beside transformers, and of every method",
     "calibrate": "the layer at which visual tokens may go, the heads that need them; from samples",
     "chat": "ask a checkpoint about photos; answers are streamed",
     "compare": "every method on one checkpoint at equal mean tokens, with intervals",

@@ -17,7 +17,7 @@ class Streams(NamedTuple):
     Everything carries validity and rotary positions. `slot` is the index of a visual token among
     those that entered the decoder; `entered` how many valid ones did. `after`: how many of the
     question's tokens stand before a visual token (0: the image is in front). `centre` (row, col in
-    patches), `view` (counted over all images) and `newline` tell where it lies in its image.
+    patches), `view` (image and tile) and `newline` tell where it lies in its image.
     `instruction` marks the user's own words, `prompt` what is not supervised, `last` the prompt's
     last token, `starts` the token before each supervised span, `raters` the rows that judge.
     """

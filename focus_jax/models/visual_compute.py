@@ -17,9 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from focus_jax.compress.method import Dims, Method
-from focus_jax.compress.select import Selection, pack, take, take_values
+from focus_jax.compress.select import take
 from focus_jax.compress.visual_compute import Heads, Layout, VisualCompute, heads_of
-from focus_jax.models.attention import NEG_INF, Rows, attend, repeat_groups, softmax, visible
+from focus_jax.models.attention import NEG_INF, attend, repeat_groups, softmax
 from focus_jax.models.decoder import (
     Cache,
     Decoder,
@@ -30,18 +30,8 @@ from focus_jax.models.decoder import (
     rotate,
     spans,
 )
-from focus_jax.models.neighbours import (
-    Near,
-    Piece,
-    Places,
-    arranged,
-    joined,
-    near_piece,
-    neighbour_mask,
-    piece,
-    places_of,
-    scattered,
-)
+from focus_jax.models.neighbours import Piece, joined, near_piece, piece
+from focus_jax.models.split_rows import Split, is_visual, masked_rows, pick, split_rows
 from focus_jax.models.streams import Packed, Streams
 
 
@@ -61,80 +51,6 @@ class Part(NamedTuple):
     def computed(self) -> Int[np.ndarray, " C"]:
         """Key heads that visual rows compute."""
         return self.order[: self.live.shape[-1]]
-
-
-class Split(NamedTuple):
-    """The packed rows of a stage in two parts, and who sees whom.
-
-    `text`, `visual`: the packed rows in the slots of either part; `back` the slot, text before
-    visual, of each packed row. Masks are (row, key) for text on text, text on visual, and visual on
-    text; visual rows see each other by `near`.
-    """
-
-    text: Selection
-    visual: Selection
-    back: Selection
-    by_text: Rotary
-    by_visual: Rotary
-    text_text: Bool[Array, "B T T"]
-    text_visual: Bool[Array, "B T N"]
-    visual_text: Bool[Array, "B N T"]
-    near: Near
-
-
-# ----------------------------------------------------------------------- parting the rows
-
-
-def is_visual(packed: Packed, s: Streams) -> Bool[Array, "B S"]:
-    """Valid visual rows among the packed ones, newlines left out."""
-    return in_packed_order(s.visual_valid & ~s.newline, packed, s, False)
-
-
-def in_packed_order(values: Array, packed: Packed, s: Streams, fill: Any) -> Array:
-    """What visual slots hold, at their packed rows; `fill` at the others."""
-    lead, behind = s.prefix.shape[1], packed.order.shape[1] - s.prefix.shape[1] - values.shape[1]
-    pad = [(0, 0), (lead, behind)] + [(0, 0)] * (values.ndim - 2)
-    whole = jnp.pad(values, pad, constant_values=fill)
-    at = packed.order.reshape(*packed.order.shape, *(1,) * (values.ndim - 2))
-    return jnp.take_along_axis(whole, at, axis=1)
-
-
-def places(packed: Packed, s: Streams) -> Places:
-    """Where the packed rows lie in their images, if they do."""
-    return places_of(in_packed_order(s.centre, packed, s, 0), in_packed_order(s.view, packed, s, 0))
-
-
-def split_rows(packed: Packed, s: Streams, rows: Layout, by: Rotary) -> Split:
-    """Part the packed rows; visual ones come in the order of their blocks where these are full."""
-    size = packed.order.shape[1]
-    seen = is_visual(packed, s)
-    valid = jnp.arange(size) < packed.rows.length[:, None]
-    text, _ = pack(valid & ~seen, size - s.visual.shape[1] + rows.newlines)
-    visual, _ = pack(seen, rows.visual)
-    lie = jax.tree.map(partial(pick, selection=visual), places(packed, s))
-    visual, near = arranged(visual, lie, rows)
-    t = text.index.shape[1]
-    both = [jnp.concatenate(pair, axis=1) for pair in zip(text, visual, strict=True)]
-    slots = jnp.broadcast_to(jnp.arange(both[0].shape[1], dtype=jnp.int32), both[0].shape)
-    back = scattered(both[0], slots, both[1], size)
-    by_text, by_visual = (Rotary(*(pick(a, part) for a in by)) for part in (text, visual))
-    mine = Rows(text.valid.sum(-1), None)
-    if packed.rows.segment is not None:
-        mine = mine._replace(segment=take_values(packed.rows.segment, text, 0))
-    before = visual.index[:, None] < text.index[:, :, None]
-    return Split(
-        text, visual, Selection(jnp.maximum(back, 0), back >= 0), by_text, by_visual,
-        text_text=visible(mine, t),
-        text_visual=before & visual.valid[:, None],
-        visual_text=~before.swapaxes(1, 2) & text.valid[:, None],
-        near=near,
-    )  # fmt: skip
-
-
-def pick(values: Array, selection: Selection) -> Array:
-    """Rows of `values` [B S ...] at the selected slots, whatever stands at empty ones."""
-    at = selection.index.reshape(*selection.index.shape, *(1,) * (values.ndim - 2))
-    return jnp.take_along_axis(values, at, axis=1)
 
 
 # ------------------------------------------------------------------------- efficient layers
@@ -175,10 +91,10 @@ class Efficient(NamedTuple):
     ) -> tuple[tuple[Array, Array], Any]:
         """One layer over text rows [B T D] and visual rows [B N D]; their cache with `keep`."""
         text, visual = x
-        split, count = self.split, part.live.shape[0]
+        split, count, after = self.split, part.live.shape[0], known_after(visual)
         q, k, v = layer.qkv(text, split.by_text)
         y = layer.norm_1(visual)
-        kernel = partial(of_heads, part=part, groups=k.shape[2])
+        kernel = partial(of_heads, part=part, groups=k.shape[2], start=after)
         q_near = rotate(layer.heads(product(y, kernel(layer.q, 1))), split.by_visual)
         keys = layer.k(y) if self.official else product(y, kernel(layer.k, 1))
         k_near = rotate(layer.heads(keys), split.by_visual)
@@ -195,8 +111,9 @@ class Efficient(NamedTuple):
         visual = visual + product(mixed, kernel(layer.out, 0))
         y = layer.norm_2(visual)
         neurons = self.compute.neurons(layer.gate.kernel.shape[-1])
-        gate, up = (product(y, a.kernel[..., :neurons]) for a in (layer.gate, layer.up))
-        visual = visual + product(jax.nn.silu(gate) * up, layer.down.kernel[:neurons])
+        some = lambda a, axis: jax.lax.dynamic_slice_in_dim(a.kernel[...], after, neurons, axis)  # noqa: E731
+        gate, up = product(y, some(layer.gate, 1)), product(y, some(layer.up, 1))
+        visual = visual + product(jax.nn.silu(gate) * up, some(layer.down, 0))
         kept = self.cache((k, v), (k_near, v_near), part) if self.keep else None
         return (text, visual), kept
 
@@ -277,14 +194,27 @@ def product(x: Float[Array, "B S D"], kernel: Float[Array, "D W"]) -> Float[Arra
     return jnp.dot(x, kernel[...].astype(x.dtype))
 
 
-def of_heads(linear: Any, axis: int, part: Part, groups: int) -> Float[Array, "D W"]:
+def known_after(x: Float[Array, "B N D"]) -> Int[Array, ""]:
+    """0, known only once `x` is.
+
+    Slices of kernels depend on nothing else: compilers would cut those of all layers first and hold
+    half of the decoder twice. XLA on CPUs drops barriers before it orders its operations.
+    """
+    return (x[0, 0, 0] > jnp.inf).astype(jnp.int32)
+
+
+def of_heads(
+    linear: Any, axis: int, part: Part, groups: int, start: Int[Array, ""]
+) -> Float[Array, "D W"]:
     """The part of a projection that belongs to the computed heads, which lie along `axis`."""
     kernel, count = linear.kernel[...], part.live.shape[0]
     if count == groups:
         return kernel
     shape = kernel.shape
     split = (shape[0], groups, -1) if axis else (groups, -1, shape[1])
-    kernel = jnp.take(kernel.reshape(split), jnp.asarray(part.computed), axis=axis)
+    kernel = jnp.take(
+        kernel.reshape(split), start + jnp.asarray(part.computed), axis=axis, mode="clip"
+    )
     return kernel.reshape(shape[0], -1) if axis else kernel.reshape(-1, shape[1])
 
 
@@ -331,18 +261,6 @@ def attend_by_head(q: Array, k: Array, v: Array, mask: Bool[Array, "B H S J"]) -
     logits = jnp.einsum("bshd,bjhd->bhsj", q, k, preferred_element_type=jnp.float32)
     weights = softmax(jnp.where(mask, logits, NEG_INF)).astype(v.dtype)
     return jnp.einsum("bhsj,bjhd->bshd", weights, v)
-
-
-def masked_rows(packed: Packed, s: Streams, rows: Layout) -> Bool[Array, "B S S"]:
-    """Who sees whom: as ever, but visual rows their neighbours on both sides."""
-    mask = jnp.broadcast_to(
-        visible(packed.rows, packed.order.shape[1]), (*packed.order.shape, packed.order.shape[1])
-    )
-    if rows.causal:
-        return mask
-    seen = is_visual(packed, s)
-    both = seen[:, :, None] & seen[:, None]
-    return jnp.where(both, neighbour_mask(places(packed, s), rows), mask)
 
 
 # ------------------------------------------------------------------------------- a stage

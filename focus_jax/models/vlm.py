@@ -32,6 +32,7 @@ from focus_jax.models.blocked_attention import ROWS
 from focus_jax.models.decoder import Cache, Decoder, observed_attention, rotary, rotate
 from focus_jax.models.neighbours import joined_view
 from focus_jax.models.projector import Projector
+from focus_jax.models.split_rows import is_visual
 from focus_jax.models.streams import (
     Packed,
     Streams,
@@ -402,7 +403,7 @@ class VLM(nnx.Module):
         """The packed rows that some key heads do without."""
         if self.lacking(stage) is None or not s.visual.shape[1]:
             return None
-        return visual_compute.is_visual(packed, s)
+        return is_visual(packed, s)
 
 
 def every_dims(cfg: ModelConfig) -> list[Dims]:
