@@ -200,8 +200,9 @@ def test_tables_above_what_is_there_keep_all_but_one():
 
 
 def test_knobs_of_visual_compute():
-    case = read_case(CASES["yopo/headmask"])
-    off = yopo.method_of(case)
+    case = read_case(CASES["yopo/all"])
+    whole = {"attncut_w": 47, "layercut_num": case.decoder.layers, "mlpcut_ratio": 1}
+    off = yopo.method_of(case._replace(knobs=case.knobs | whole))
     assert (off.compute.half, off.compute.layers, off.compute.ffn) == (23, None, 1)
     assert np.array_equal(off.compute.heads, case.arrays["head_mask"])
     assert [cut.layer for cut in off.cuts] == [1, 2, 3, 4, 5]

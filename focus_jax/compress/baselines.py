@@ -56,6 +56,9 @@ class Full(VisionStage):
 
     selects: ClassVar[bool] = False
 
+    def cell(self, dims: Dims) -> float:
+        return 1.0
+
     def tile_slots(self, dims: Dims) -> tuple[int, ...]:
         return (dims.patches,) * dims.tiles
 
@@ -130,6 +133,9 @@ class Pool(VisionStage):
     def band(self, dims: Dims) -> int:
         return dims.rows // self.size
 
+    def cell(self, dims: Dims) -> float:
+        return dims.rows / self.size
+
     def tile_slots(self, dims: Dims) -> tuple[int, ...]:
         return (self.size**2,) * dims.tiles
 
@@ -169,6 +175,9 @@ class Downsample(VisionStage):
 
     def band(self, dims: Dims) -> int:
         return dims.rows // self.size
+
+    def cell(self, dims: Dims) -> float:
+        return dims.rows / self.size
 
     def tile_slots(self, dims: Dims) -> tuple[int, ...]:
         return (self.size**2,) * dims.tiles

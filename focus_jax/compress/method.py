@@ -222,6 +222,10 @@ class VisionStage:
         """
         return 1
 
+    def cell(self, dims: Dims) -> float | None:
+        """Patches along a side of a token where tokens are a regular grid, else None."""
+        return None
+
     def init(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module | None:
         """The learned part, or None."""
         return None

@@ -214,7 +214,9 @@ class PruMerge(VisionStage):
             step = jnp.full(shape, fixed_samples(self.ratio, self.spatial)[1])
         if self.ratio is None and self.strict:
             tops, steps = official_counts(valid.shape[-1], valid.size, self.spatial)
-            top, step = jnp.asarray(tops)[outliers], jnp.asarray(steps)[outliers]
+            unpadded = patches == valid.size  # the official code knows no padding
+            top = jnp.where(unpadded, jnp.asarray(tops)[outliers], top)
+            step = jnp.where(unpadded, jnp.asarray(steps)[outliers], step)
         if not self.summary:
             top = jnp.maximum(top, jnp.minimum(here, 1))
         quartiles = jnp.stack([jnp.broadcast_to(q, shape) for q in (low, high)], axis=-1)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from focus_jax.compress.baselines import Downsample, Full, Pool
-from focus_jax.compress.method import Dims, Method, VisionStage
+from focus_jax.compress.method import Dims, Method
 
 if TYPE_CHECKING:  # it needs the costs from here
     from focus_jax.compress.plan import Sizes
@@ -66,9 +65,9 @@ class VisualCompute:
                 f"visual compute: window={self.window} must be odd and at least 1, as it reaches "
                 "equally far to both sides: use 5, or None to switch it off"
             )
-        if self.layers is not None and not 1 <= self.layers <= dims.layers:
+        if self.layers is not None and not 0 <= self.layers <= dims.layers:
             raise ValueError(
-                f"visual compute: layers={self.layers} is outside 1..{dims.layers}, the layers "
+                f"visual compute: layers={self.layers} is outside 0..{dims.layers}, the layers "
                 "of this decoder: use one of these, or None to switch it off"
             )
         if self.layers is not None and self.mass == "renormalise":
@@ -190,13 +189,6 @@ def lacking_heads(method: Method, dims: Dims, stage: int) -> np.ndarray | None:
 # -------------------------------------------------------------------------------- rows
 
 
-def cell_of(stage: VisionStage, dims: Dims) -> float | None:
-    """Patches along a side of a token where a stage's tokens are a regular grid, else None."""
-    if isinstance(stage, Full):
-        return 1.0
-    return dims.rows / stage.size if isinstance(stage, Pool | Downsample) else None
-
-
 @dataclass(frozen=True)
 class Layout:
     """The rows of a decoder stage with visual compute, known before the data.
@@ -251,7 +243,7 @@ def layout(method: Method, dims: Dims, images: int, slots: int) -> Layout:
     band, entering = stage.band(dims), stage.tile_slots(dims)
     lines = dims.newlines(band) if band else dims.tiles * (stage.tile_newline and dims.newline)
     newlines, visual = min(images * lines, slots), min(images * sum(entering), slots)
-    cell, half = cell_of(stage, dims), compute.half
+    cell, half = stage.cell(dims), compute.half
     whole = Layout(newlines, visual, cell or 1.0, half or 0, causal=half is None)
     if half is None or cell is None:
         return whole
@@ -364,7 +356,7 @@ def published_macs(
 
 def neighbours(method: Method, dims: Dims, half: int) -> float:
     """Mean keys of a visual token within its tile: 22.6 of 24 x 24 in a window of 5."""
-    cell = cell_of(method.vision, dims)
+    cell = method.vision.cell(dims)
     if cell is None:
         return float((2 * half + 1) ** 2)
 

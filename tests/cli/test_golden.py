@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 # A run of every method takes longer: tests/test_golden.py has the others.
 QUICK = (
     "anyres/packing", "anyres/table_336", "anyres/tiles_56", "fastv/k3_r50",
-    "prumerge/plus_adaptive", "visionzip/d53_c10", "yopo/headmask",
+    "prumerge/plus_adaptive", "visionzip/d53_c10", "yopo/all",
 )  # fmt: skip
 
 

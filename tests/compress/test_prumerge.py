@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from focus_jax.compress.prumerge import METHODS, PruMerge, prumerge, prumerge_plus
+from focus_jax.compress.prumerge import METHODS, PruMerge, official_counts, prumerge, prumerge_plus
 from focus_jax.compress.stitch import stitch
 from tests.compress import clip_cases
 from tests.compress.views import RUN, dims, random_views
@@ -360,6 +360,14 @@ def test_strict_pools_the_statistics():
     assert (found["outlier_count"] == count).all() and count > 6
     want = valid.sum(-1) * count // valid.sum()
     np.testing.assert_array_equal(np.asarray(found["n_topk"]).reshape(6), want)
+
+
+def test_strict_counts_in_binary_fractions():
+    """27 of 196 patches: int(196 * (27 / 196)) is 26."""
+    tops, steps = official_counts(196, 196, 3)
+    assert tops[[0, 26, 27, 28]].tolist() == [0, 26, 26, 28]
+    assert steps[[0, 1, 27, 100, 196]].tolist() == [196, 65, 2, 0, 0]
+    assert official_counts(576, 1152, 1)[0][46] == 23
 
 
 # --------------------------------------------------------------------------------- sizes

@@ -45,17 +45,10 @@ def recorded(case, mass: str, mode: str) -> Method:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [
-        ("all", "masked"), ("all", "efficient"),
-        pytest.param("headmask", "masked", marks=pytest.mark.slow),
-        pytest.param("headmask", "efficient", marks=pytest.mark.slow),
-    ],
-)  # fmt: skip
-def test_recorded_runs(name, mode):
+@pytest.mark.parametrize("mode", ["masked", "efficient"])
+def test_recorded_runs(mode):
     """Prefill and one decoded token of the authors' own code."""
-    case = read_case(GOLDEN / name)
+    case = read_case(GOLDEN / "all")
     trace = replay(case, recorded(case, "official", mode))
     np.testing.assert_allclose(trace.output, case.arrays["prefill_output"], atol=1e-4)
     np.testing.assert_allclose(trace.decoded, case.arrays["decode_output"], atol=1e-4)
@@ -118,8 +111,8 @@ def test_heads_that_layers_compute():
     [
         ({"window": 4}, "window=4 must be odd"),
         ({"window": 0}, "window=0 must be odd"),
-        ({"layers": 4}, r"layers=4 is outside 1\.\.3"),
-        ({"layers": 0}, r"layers=0 is outside 1\.\.3"),
+        ({"layers": 4}, r"layers=4 is outside 0\.\.3"),
+        ({"layers": -1}, r"layers=-1 is outside 0\.\.3"),
         ({"layers": 2, "mass": "renormalise"}, r"the cut Withdraw\(layer=2\)"),
         ({"ffn": 0.5}, "ffn=0.5 divides"),
         ({"heads": 1.5}, "heads=1.5 is a share"),
