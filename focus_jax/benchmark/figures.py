@@ -20,16 +20,20 @@ Row = dict[str, Any]
 
 
 def rows_of(lines: Sequence[Line]) -> list[Row]:
-    """One row for each method at each size that has been timed, sizes in their order."""
-    cells = dict.fromkeys(cell_of(line) for line in lines if line["kind"] == "time")
+    """One row for each method at each size that has been timed; methods as they were asked for.
+
+    They may have been timed in another order: a run goes on where one stopped.
+    """
+    cells = {cell_of(line) for line in lines if line["kind"] == "time"}
+    asked = dict.fromkeys(line["method"] for line in lines if line["kind"] == "count")
     out: list[Row] = []
-    for tiles, batch, layers in cells:
+    for tiles, batch, layers in sorted(cells, key=lambda cell: (cell[0] * cell[1], cell)):
         here = [line for line in lines if cell_of(line) == (tiles, batch, layers)]
         fulls = [line for line in here if line["kind"] == "again" or line["method"] == "full"]
-        names = dict.fromkeys(line["method"] for line in here if line["kind"] == "time")
+        timed = {line["method"] for line in here if line["kind"] == "time"}
         if not fulls:
             continue
-        out += [row_of(name, here, fulls, lines) for name in names]
+        out += [row_of(name, here, fulls, lines) for name in asked if name in timed]
         out += other_row(lines, fulls, (tiles, batch, layers))
     return out
 
