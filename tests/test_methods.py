@@ -69,6 +69,14 @@ def test_what_does_not_fit_is_named(text, said):
         parse_method(text, CONFIG)
 
 
+def test_a_config_names_any_method():
+    named = CompressConfig(CONFIG.vision, CONFIG.text, "fastv:layer=1+vision_only")
+    assert named.value() == parse_method("fastv:layer=1+vision_only", CONFIG)
+    assert CONFIG.value() == baselines.full()  # both samplers are off
+    with pytest.raises(ValueError, match=r"unknown method 'fastw'.*mean fastv"):
+        CompressConfig(method="fastw").value()
+
+
 def test_lists_keep_arguments_with_their_method():
     text = "full,random:keep=0.25, focusllava:text.layer=1,text.keep=0.1,pool"
     assert split_methods(text) == [

@@ -330,7 +330,8 @@ def file_samples(flags: Any, usual: int) -> Samples:
     """A Hugging Face checkpoint with the prompts of a file."""
     if flags.samples is None or (flags.samples.isdecimal() and not Path(flags.samples).exists()):
         raise ValueError(
-            "a Hugging Face checkpoint has no questions of its own: give --samples FILE.jsonl with "
+            f"{flags.checkpoint} holds no run of train.py, and a Hugging Face checkpoint has no "
+            "questions of its own: name a run, or give --samples FILE.jsonl with "
             f"lines such as {EXAMPLE}"
         )
     asked = read_samples(Path(flags.samples))
