@@ -1,11 +1,11 @@
-# make setup | demo | test | test-slow | test-all | lint | clean
+# make setup | demo | test | test-slow | test-all | test-tpu | lint | clean
 # Another interpreter: make setup PYTHON=python3.12
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/setup.stamp
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: setup demo test test-slow test-all lint clean
+.PHONY: setup demo test test-slow test-all test-tpu lint clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,19 @@ test-slow: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -n 2
+
+# The compiler for TPUs, as jax pins it, in a folder of its own: .venv stays free of it.
+TPU := .venv/tpu
+LIBTPU := import importlib.metadata as m; \
+  print(next(r.partition(";")[0].strip() for r in m.requires("jax") if r.startswith("libtpu")))
+
+$(TPU)/libtpu: | setup
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TPU) \
+	  "$$($(BIN)/python -c '$(LIBTPU)')"
+
+# Programs compiled for TPUs that are not here; the other tests leave these out.
+test-tpu: setup $(TPU)/libtpu
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest tests/pods
 
 lint: setup
 	$(BIN)/ruff check .

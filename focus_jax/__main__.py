@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "train the embedded job, compare all methods, write tables and pictures",
     "golden": "our code on recorded outputs of official code, array by array",
     "grid": "train and evaluate every combination of configs, settings and methods",
+    "launch": "train.py or eval.py as several processes on this machine",
     "parity": "compare a checkpoint here with transformers, number by number",
     "plan": "what a method costs on a model: slots, operations, cache bytes; runs nothing",
     "show": "a picture of what the samplers kept for questions on one image",

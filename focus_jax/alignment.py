@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from focus_jax.models.vlm import VLM
+from focus_jax.sharding import pinned
 
 
 class Moments(NamedTuple):
@@ -37,15 +38,16 @@ def hidden_features(vlm: VLM, pixels: Array) -> Float[Array, "B N F"]:
 def moments(vlm: VLM, batch: Mapping[str, Array]) -> Moments:
     """One batch's sums; filled and empty cells weigh the same in total."""
     x = hidden_features(vlm, batch["pixels"])
-    y = vlm.decoder.embed(batch["cell_words"]).sum(-2)
+    y = vlm.decoder.embedded(batch["cell_words"]).sum(-2)
     filled = batch["cell_filled"]
     weight = jnp.where(filled, 0.5 / jnp.maximum(filled.sum(), 1), 0.5 / (~filled).sum())
     flat = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
     x, y, weight = flat(x), flat(y), flat(weight)[:, None]
-    return Moments(
+    sums = Moments(
         x.T @ (weight * x), x.T @ (weight * y), (weight * y * y).sum(), (weight * y).sum(0),
         jnp.ones(()),
     )  # fmt: skip
+    return jax.tree.map(lambda a: pinned(vlm.layout, a), sums)  # whole on every device
 
 
 def fit_projector(

@@ -6,6 +6,7 @@ written by `save_params` has the same layout without `data`, so that one reader 
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -16,10 +17,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 
+from focus_jax.distributed import first_line, is_loss
+
 PyTree = Any
 Entry = tuple[tuple[int, ...], np.dtype]
 
 _MAKE = "train one with `python train.py`, or name the folder of a finished run"
+# Seconds between looks at a write that is waited for.
+_POLL = 0.01
 # Failures of the machine or the user's rights, which say nothing about the files.
 _NOT_DAMAGE = (PermissionError, MemoryError, jax.errors.JaxRuntimeError)
 
@@ -30,6 +35,34 @@ class CheckpointMismatch(ValueError):
 
 class CheckpointDamaged(ValueError):
     """Files of the checkpoint are missing or cut short."""
+
+
+class CheckpointNotWritten(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
+class _Manager(ocp.CheckpointManager):
+    failure: BaseException | None = None
+
+    def _wait_for_checkpointers(self) -> None:
+        # Called by the thread that finishes a write. Where a write has failed, that thread goes on
+        # to wait for the other processes, which wait for this one.
+        try:
+            super()._wait_for_checkpointers()
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    def writes(self) -> bool:
+        """Whether a write is under way; raises what made it fail."""
+        if self.failure is not None:
+            raise self.failure
+        return self.is_saving_in_progress()
+
+    def reached_preemption(self, step: int) -> bool:
+        # Asked for a step that is over, from the thread that finishes a write, the agreement on
+        # where all processes stop would believe that this one is still there.
+        return False
 
 
 class Checkpoints:
@@ -45,13 +78,14 @@ class Checkpoints:
         self.directory = _absolute(directory)
         self.keep = keep
         self.async_ = async_
-        self._manager: ocp.CheckpointManager | None = None
+        self._manager: _Manager | None = None
 
     def save(self, step: int, state: PyTree, data: dict[str, Any], meta: dict[str, Any]) -> None:
         """Save a step; drops the oldest beyond `keep`.
 
+        With several processes all of them call it, and arrays lie on devices of all.
         Raises ValueError when `step` is not beyond the latest one (see `rewind`), or when `data`
-        or `meta` is not JSON; raises what went wrong in an earlier background write.
+        or `meta` is not JSON; CheckpointNotWritten, also for an earlier background write.
         """
         _require_json("data", data)
         _require_json("meta", meta)
@@ -66,7 +100,15 @@ class Checkpoints:
             data=ocp.args.JsonSave(data),
             meta=ocp.args.JsonSave(meta),
         )
-        self._writer().save(step, args=items, force=True)
+        with self._failure_named():
+            self._writer().save(step, args=items, force=True)
+
+    def check(self) -> None:
+        """Raise CheckpointNotWritten when a background write has failed; never waits."""
+        if self._manager is not None:
+            with self._failure_named():
+                if not self._manager.writes():
+                    self._manager.wait_until_finished()
 
     def steps(self) -> list[int]:
         """Finished steps, ascending; waits for a write under way."""
@@ -103,15 +145,20 @@ class Checkpoints:
                 self._writer().delete(later)
 
     def wait(self) -> None:
-        """Return when no write is under way; raises what a background write met."""
+        """Return when no write is under way; CheckpointNotWritten when one has failed."""
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with self._failure_named():
+                while self._manager.writes():
+                    time.sleep(_POLL)
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finish writing; the object may be used again afterwards."""
+        self.wait()
         if self._manager is not None:
-            manager, self._manager = self._manager, None
-            manager.close()
+            with self._failure_named():
+                manager, self._manager = self._manager, None
+                manager.close()
 
     def __enter__(self) -> Self:
         return self
@@ -122,9 +169,29 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        # A write that waits for a lost process would hold its end up.
+        if not is_loss(error):
+            self.close()
 
-    def _writer(self) -> ocp.CheckpointManager:
+    @contextlib.contextmanager
+    def _failure_named(self) -> Iterator[None]:
+        # A full disk is an OSError to Python and a ValueError or more to the library that writes
+        # arrays, so whatever is raised counts; the cause stays chained.
+        try:
+            yield
+        except Exception as error:
+            if is_loss(error) or isinstance(error, MemoryError):
+                raise
+            # A manager that failed once tells so for ever; the next save starts with a new one.
+            self._manager = None
+            steps = _steps(self.directory) if self.directory.is_dir() else []
+            kept = f"the last good checkpoint is of step {steps[-1]}" if steps else "there is none"
+            raise CheckpointNotWritten(
+                f"a checkpoint could not be written to {self.directory} ({first_line(error)}): "
+                f"{kept}; free the disk, mend the folder or choose another, then start again"
+            ) from error
+
+    def _writer(self) -> _Manager:
         # Made at the first write: a reader must neither create the folder nor sweep another
         # process's temporary files out of it.
         if self._manager is None:
@@ -133,7 +200,7 @@ class Checkpoints:
                 enable_async_checkpointing=self.async_,
                 cleanup_tmp_directories=True,
             )
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = _Manager(self.directory, options=options)
         return self._manager
 
 
@@ -199,7 +266,14 @@ def _require_json(name: str, value: dict[str, Any]) -> None:
 
 
 def _steps(directory: epath.Path) -> list[int]:
-    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
+    if not directory.exists():
+        return []
+    if not directory.is_dir():
+        raise NotADirectoryError(
+            f"{directory} is a file, and checkpoints need a folder there: move it away, or choose "
+            "another workdir"
+        )
+    return sorted(ocp.utils.checkpoint_steps(directory))
 
 
 def _step_folder(directory: epath.Path, step: int | None) -> epath.Path:

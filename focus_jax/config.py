@@ -122,9 +122,11 @@ class ModelConfig:
 
     `max_tiles` counts the thumbnail; 1 means one view an image. `grids`: the (rows, cols) in which
     an image's tiles may lie. `image_newline` closes rows of the stitched grid (LLaVA-NeXT).
-    `remat` names what the decoder's backward pass recomputes. `stacked`: a decoder stage's layers
-    are one scanned stack, which is what training wants; apart they are when generating, because a
-    scan copies the weights of each layer in every step.
+    `remat`: what a decoder layer's backward pass recomputes: `none`, `full` (all but fused
+    attention), `mlp` (all but that and the wide products of the feed-forward half), `dots`
+    (element-wise operations alone). `attention`: see models/attention.py. `stacked`: a decoder
+    stage's layers are one scanned stack, which is what training wants; apart they are when
+    generating, because a scan copies the weights of each layer in every step.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -135,8 +137,8 @@ class ModelConfig:
     image_newline: bool = False
     param_dtype: DTypeName = "float32"
     compute_dtype: DTypeName = "float32"
-    remat: Literal["none", "full", "dots"] = "none"
-    attention: Literal["xla", "chunked", "blocked", "cudnn"] = "xla"
+    remat: Literal["none", "full", "mlp", "dots"] = "none"
+    attention: Literal["xla", "chunked", "blocked", "cudnn", "splash"] = "xla"
     stacked: bool = True
     unroll: bool = False
 

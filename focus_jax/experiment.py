@@ -18,6 +18,7 @@ from focus_jax.compress.vision_guided import VisionGuided
 from focus_jax.config import ModelConfig, tiny
 from focus_jax.data.glyph_config import GlyphsConfig
 from focus_jax.objectives import ObjectiveName
+from focus_jax.sharding import ShardingRules
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,11 @@ class TrainStage:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All stages, in order, as one run. AdamW; `save_every` counts steps."""
+    """All stages, in order, as one run. AdamW; `save_every` counts steps.
+
+    `devices` (0: all) stand in a `mesh`: `data` (plain data parallelism), `fsdp`, `fsdp,tensor=2`
+    or sizes for all axes; `rules` say which axes of arrays are split over which of it.
+    """
 
     stages: tuple[TrainStage, ...] = ()
     seed: int = 0
@@ -136,6 +141,8 @@ class TrainConfig:
     keep: int = 2
     log_every: int = 10
     devices: int = 0
+    mesh: str = "data"
+    rules: ShardingRules = field(default_factory=ShardingRules)
 
     @property
     def steps(self) -> int:

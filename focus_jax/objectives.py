@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from focus_jax.compress.method import Context, VisualTokens, block_key
 from focus_jax.compress.select import top_k_in_order
 from focus_jax.models.vlm import VLM, Inputs
+from focus_jax.vocabulary_loss import vocabulary_loss
 
 ObjectiveName = Literal["answers", "words"]
 Batch = Mapping[str, Array]
@@ -42,15 +43,17 @@ def answer_loss(
     tokens: Int[Array, "R T"],
     label: Bool[Array, "R T"],
 ) -> Loss:
-    """Mean cross-entropy of the supervised tokens, each from the row before it."""
-    logits = vlm.decoder.logits(hidden[:, :-1])
-    target, mask = tokens[:, 1:], label[:, 1:]
-    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
-    count = jnp.maximum(mask.sum(), 1)
-    right = jnp.where(mask, jnp.argmax(logits, -1) == target, True).all(-1)
+    """Mean cross-entropy of the supervised tokens, each from the row before it.
+
+    `accuracy`: of rows with supervised tokens, how many get all of them right.
+    """
+    decoder, mask = vlm.decoder, label[:, 1:]
+    total, right = vocabulary_loss(
+        decoder.norm(hidden[:, :-1]), decoder.head_kernel(), tokens[:, 1:], mask, vlm.layout
+    )
     rows = mask.any(-1)
     accuracy = (right & rows).sum() / jnp.maximum(rows.sum(), 1)
-    return Loss(jnp.where(mask, nll, 0).sum() / count, {"accuracy": accuracy})
+    return Loss(total / jnp.maximum(mask.sum(), 1), {"accuracy": accuracy})
 
 
 def answers(vlm: VLM, batch: Batch, ctx: Context) -> Loss:
@@ -92,9 +95,9 @@ def words(vlm: VLM, batch: Batch, ctx: Context) -> Loss:
     count = jnp.maximum(filled.sum(-1), jnp.minimum(filled.sum(-1) + spare, WORD_SLOTS))
     chosen = top_k_in_order(score, jnp.ones_like(filled), WORD_SLOTS, count)
     told = jnp.take_along_axis(batch["cell_words"], chosen.index[..., None], axis=1)
-    zeros = jnp.zeros(chosen.valid.shape)
+    zeros, features = jnp.zeros(chosen.valid.shape), vlm.decoder.embedded(told).sum(-2)
     visual = VisualTokens(
-        vlm.decoder.embed(told).sum(-2), chosen.valid, jnp.zeros((*chosen.valid.shape, 2)), zeros,
+        features, chosen.valid, jnp.zeros((*chosen.valid.shape, 2)), zeros,
         zeros.astype(jnp.int32), zeros.astype(bool),
     )  # fmt: skip
     # Between closed up (0) and each cell at its raster place (1).

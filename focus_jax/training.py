@@ -1,130 +1,55 @@
 """Training: stages in order, one optimiser step as one compiled program, resumable anywhere."""
 
-import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh
 from jaxtyping import Array
 
 from focus_jax.alignment import fit_projector
 from focus_jax.checkpoint import Checkpoints, load_params
 from focus_jax.compress.baselines import full
-from focus_jax.compress.method import Context, Method
+from focus_jax.compress.method import Method
+from focus_jax.data.batches import Batch
 from focus_jax.data.loader import LoaderIterator
-from focus_jax.experiment import Experiment, TrainConfig, TrainStage, to_json
+from focus_jax.distributed import from_first
+from focus_jax.experiment import Experiment, TrainStage, to_json
 from focus_jax.models import params as names
+from focus_jax.models.attention import check_heads
 from focus_jax.models.vlm import VLM, dims_of
-from focus_jax.objectives import OBJECTIVES, WORD_SLOTS
-from focus_jax.sharding import make_mesh, put_batch, put_replicated
-from focus_jax.tracker import Tracker
+from focus_jax.objectives import WORD_SLOTS
+from focus_jax.preemption import Preempted, Preemption
+from focus_jax.sharding import make_layout, put_batch
+from focus_jax.step import (
+    Leaves,
+    State,
+    check_prefixes,
+    first_state,
+    make_optimiser,
+    make_step,
+    split,
+    state_shardings,
+    with_shardings,
+)
+from focus_jax.throughput import load_of
+from focus_jax.tracing import check_steps
+from focus_jax.watch import Outlets, Watch, Watching, outlets
 from focus_jax.workdir import data_source, make_train_loader, open_workdir
-
-Leaves = dict[str, Array]
-
-
-class NonFiniteLoss(FloatingPointError):
-    """A step's loss or gradient was not finite."""
-
-
-class State(NamedTuple):
-    """What a stage's steps change: learning parameters by name, and the optimiser's moments."""
-
-    learning: Leaves
-    optimiser: optax.OptState
-
-
-def learns(name: str, stage: TrainStage) -> bool:
-    """Whether a parameter (canonical name) learns in this stage."""
-    return any(name.startswith(prefix) for prefix in stage.train)
-
-
-def canonical_name(name: str) -> str:
-    """`decoder.layers.q.kernel` for `decoder.stages.1.q.kernel`."""
-    match = names.STAGE.match(name)
-    return names.LAYERS + match[3] if match else name
-
-
-def check_prefixes(stage: TrainStage, parameters: set[str]) -> None:
-    """ValueError for a prefix without parameters; `samplers.` may await a method that has some."""
-    for field, prefixes in (("train", stage.train), ("scale", [p for p, _ in stage.scale])):
-        for prefix in prefixes:
-            fits = any(name.startswith(prefix) for name in parameters)
-            if not fits and not names.is_sampler(prefix):
-                raise ValueError(
-                    f"stage {stage.name!r}: {field} names {prefix!r}, and no parameter begins so; "
-                    f"names begin with {sorted({name.split('.')[0] for name in parameters})}"
-                )
-
-
-def make_optimiser(cfg: TrainConfig, stage: TrainStage) -> optax.GradientTransformation:
-    """AdamW with clipping, warm-up and cosine, learning rates by part, accumulation."""
-    warmup = max(1, round(stage.warmup * stage.steps))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, stage.learning_rate, warmup, max(stage.steps, warmup + 1),
-        stage.final * stage.learning_rate,
-    )  # fmt: skip
-
-    def by_part(updates: Leaves, params: Any = None) -> Leaves:
-        return {name: u * part_scale(canonical_name(name), stage) for name, u in updates.items()}
-
-    chain = optax.chain(
-        optax.clip_by_global_norm(stage.clip),
-        optax.adamw(schedule, cfg.b1, cfg.b2, weight_decay=cfg.weight_decay),
-        optax.stateless(by_part),
-    )
-    if stage.accumulate == 1:
-        return chain
-    steps = optax.MultiSteps(chain, stage.accumulate)
-    return optax.GradientTransformation(steps.init, steps.update)
-
-
-def part_scale(name: str, stage: TrainStage) -> float:
-    """The factor on the learning rate of one parameter: that of the longest prefix."""
-    fitting = [(len(prefix), factor) for prefix, factor in stage.scale if name.startswith(prefix)]
-    return max(fitting)[1] if fitting else 1.0
-
-
-Step = Callable[..., tuple[State, dict[str, Array]]]
-
-
-def make_step(
-    structure: VLM, stage: TrainStage, optimiser: optax.GradientTransformation, seed: int
-) -> Step:
-    """One optimiser step, compiled; the state is donated.
-
-    step(state, frozen, batch, number, progress) -> (state, metrics). `number` is the global step.
-    """
-    objective = OBJECTIVES[str(stage.objective)]
-
-    def loss(learning: Leaves, frozen: Leaves, batch: Any, ctx: Context):
-        out = objective(names.with_leaves(structure, {**frozen, **learning}), batch, ctx)
-        return out.value, out.metrics
-
-    def step(state: State, frozen: Leaves, batch: Any, number: Array, progress: Array):
-        ctx = Context(jax.random.fold_in(jax.random.key(seed), number), True, progress)
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
-            state.learning, frozen, batch, ctx
-        )
-        updates, moments = optimiser.update(grads, state.optimiser, state.learning)
-        learning = optax.apply_updates(state.learning, updates)
-        metrics = {"loss": value, "gradient_norm": optax.tree.norm(grads), **metrics}
-        return State(learning, moments), metrics
-
-    return jax.jit(step, donate_argnums=0)
 
 
 class Run:
     """A training run in a workdir: `train()` goes on from wherever the last one stopped."""
 
-    def __init__(self, cfg: Experiment, workdir: str | Path, quiet: bool = False):
+    def __init__(
+        self,
+        cfg: Experiment,
+        workdir: str | Path,
+        quiet: bool = False,
+        watching: Watching | None = None,
+    ):
         if not cfg.train.stages:
             raise ValueError(f"experiment {cfg.name!r} has no training stages: set train.stages")
         told = any(stage.objective == "words" for stage in cfg.train.stages)
@@ -133,19 +58,24 @@ class Run:
                 f"objective 'words' tells {WORD_SLOTS} cells of an image, and data.glyphs fills "
                 f"{cfg.data.glyphs.filled}: lower its groups or digits"
             )
-        self.cfg, self.quiet = cfg, quiet
+        self.cfg, self.quiet, self.watching = cfg, quiet, watching or Watching()
+        check_steps(self.watching.profile, cfg.train.steps)
         # Before anything is written: a method that does not fit leaves no workdir behind.
         self.method = cfg.compress.value().check(dims_of(cfg.model, cfg.model.max_tiles))
-        self.mesh: Mesh = make_mesh(cfg.train.devices)
+        self.layout = make_layout(cfg.train.mesh, cfg.train.devices, cfg.train.rules)
+        check_heads(cfg.model, self.layout)
+        for stage in cfg.train.stages:
+            self.layout.check_batch(stage.batch)
         self.workdir, self.tokenizer, self.cfg = open_workdir(cfg, workdir)
         self.source = data_source(self.cfg, "train")
         self.checkpoints = Checkpoints(self.workdir / "checkpoints", self.cfg.train.keep)
+        self.preemption = Preemption()
         self.seconds: dict[str, float] = {}
 
     # ------------------------------------------------------------------ parameters
 
     def fresh(self, method: Method) -> Callable[[], VLM]:
-        return lambda: names.initialise(self.cfg.model, method, self.cfg.train.seed)
+        return lambda: names.initialise(self.cfg.model, method, self.cfg.train.seed, self.layout)
 
     def first_tree(self) -> Leaves:
         """The canonical parameters that training starts from, samplers included."""
@@ -154,40 +84,38 @@ class Run:
             return fresh
         tree, _ = load_params(self.cfg.train.init_from)
         init = self.fresh(self.method) if self.cfg.train.init_samplers else None
-        return names.canonical(
-            names.named_leaves(names.with_method(self.cfg.model, tree, self.method, init))
-        )
+        model = names.with_method(self.cfg.model, tree, self.method, init, self.layout)
+        return names.canonical(names.named_leaves(model))
 
     def stored_tree(self) -> Leaves:
         """The canonical parameters of the newest checkpoint."""
-        shapes = names.named_leaves(names.abstract(self.cfg.model, self.method))
-        return load_params(self.checkpoints.directory, names.canonical(shapes))[0]
+        return load_params(self.checkpoints.directory, self.template())[0]
+
+    def template(self) -> Leaves:
+        """The shapes of the canonical parameters, and where each is kept."""
+        shapes = names.canonical(names.named_leaves(names.abstract(self.cfg.model, self.method)))
+        return with_shardings(shapes, names.stored(shapes, self.layout))
 
     def stage_method(self, stage: TrainStage) -> Method:
         return self.method if stage.samplers else full()
 
     def state_of(self, stage: TrainStage, tree: Leaves) -> tuple[VLM, State, Leaves, Any]:
         """(model structure, state, frozen leaves, optimiser) of a stage that starts from `tree`."""
-        model = names.with_method(self.cfg.model, tree, self.stage_method(stage))
-        leaves = put_replicated(names.named_leaves(model), self.mesh)
-        check_prefixes(stage, {canonical_name(name) for name in leaves})
-        learning = {k: v for k, v in leaves.items() if learns(canonical_name(k), stage)}
-        if not learning:
-            raise ValueError(
-                f"stage {stage.name!r}: no parameter learns with train={stage.train}; names begin "
-                f"with {sorted({name.split('.')[0] for name in leaves})}"
-            )
-        frozen = {k: v for k, v in leaves.items() if k not in learning}
+        method = self.stage_method(stage)
+        model = names.with_method(self.cfg.model, tree, method, layout=self.layout)
+        leaves = names.named_leaves(model)
+        check_prefixes(stage, {names.canonical_name(name) for name in leaves})
+        learning, frozen = split(leaves, stage)
         optimiser = make_optimiser(self.cfg.train, stage)
-        # A copy: the state is donated, and the tree may still hold the same buffers.
-        learning = jax.tree.map(jnp.copy, learning)
-        state = State(learning, optimiser.init(learning))
-        return model, put_replicated(state, self.mesh), frozen, optimiser
+        return model, first_state(learning, optimiser, self.layout), frozen, optimiser
 
     # ------------------------------------------------------------------ running
 
     def train(self) -> Leaves:
-        """Run all stages; returns the canonical parameters."""
+        """Run all stages; returns the canonical parameters.
+
+        Raises Preempted behind a checkpoint when SIGTERM asks one of the processes to stop.
+        """
         first, resumed = self.find_stage()
         done = sum(stage.steps for stage in self.cfg.train.stages[:first])
         # Frozen parts and the samplers of later stages come from the checkpoint too.
@@ -195,20 +123,21 @@ class Run:
         start = resumed or done
         with (
             self.checkpoints,
-            Tracker(
-                self.workdir, self.cfg.train.steps, self.cfg.name, start, self.quiet
-            ) as tracker,
+            self.preemption,
+            outlets(
+                self.watching, self.workdir, self.cfg.train.steps, self.cfg.name, start, self.quiet
+            ) as out,
         ):
             for index in range(first, len(self.cfg.train.stages)):
-                tree = self.run_stage(index, done, tree, resumed, tracker)
+                tree = self.run_stage(index, done, tree, resumed, out)
                 done += self.cfg.train.stages[index].steps
                 resumed = None
         return tree
 
     def find_stage(self) -> tuple[int, int | None]:
         """(stage to run, global step to resume from or None) from the newest checkpoint."""
-        latest = self.checkpoints.latest()
-        if latest is None:
+        latest = from_first(self.checkpoints.latest() or 0)
+        if not latest:
             return 0, None
         done = 0
         for index, stage in enumerate(self.cfg.train.stages):
@@ -218,50 +147,67 @@ class Run:
         return len(self.cfg.train.stages), latest
 
     def run_stage(
-        self, index: int, done: int, tree: Leaves, resumed: int | None, tracker: Tracker
+        self, index: int, done: int, tree: Leaves, resumed: int | None, out: Outlets
     ) -> Leaves:
         """One stage; `done` steps were taken before it. Returns the canonical parameters."""
         stage = self.cfg.train.stages[index]
         if stage.objective == "fit":
-            return self.fit_stage(index, done, tree, tracker)
+            return self.fit_stage(index, done, tree, out)
         model, state, frozen, optimiser = self.state_of(stage, tree)
-        loader = make_train_loader(self.cfg, self.source, self.tokenizer, stage, index)
+        loader = make_train_loader(self.cfg, self.source, self.tokenizer, stage, index, self.layout)
         with closing(iter(loader)) as batches:
             start = done
             if resumed is not None and resumed > done:
                 start, state = resumed, self.restore(state, tree, batches)
-            step = make_step(model, stage, optimiser, self.cfg.train.seed)
-            watch = Watch(tracker, stage.name, self.cfg.train.log_every)
+            step = make_step(model, stage, optimiser, self.cfg.train.seed, self.layout)
+            load = load_of(self.cfg, stage, self.stage_method(stage), self.layout)
+            devices = self.layout.mesh.local_devices
+            watch = Watch(out, stage.name, self.cfg.train.log_every, load, devices)
             for number in range(start + 1, done + stage.steps + 1):
                 progress = np.float32((number - done) / stage.steps)
-                seen = []
-                for micro in range(stage.accumulate):
-                    batch = next(batches)
-                    unique = np.int32((number - 1) * stage.accumulate + micro)
-                    state, metrics = step(
-                        state, frozen, put_batch(for_device(batch), self.mesh), unique, progress
-                    )
-                    seen.append((metrics, batch["index"]))
-                watch.see(number, seen)
+                with watch.step(number):
+                    with watch.waiting():
+                        batch = next_batches(batches, stage.accumulate)
+                        placed = put_batch(for_device(batch), self.layout, axis=1)
+                    unique = np.int32((number - 1) * stage.accumulate)
+                    state, metrics = step(state, frozen, placed, unique, progress)
+                    watch.see(number, metrics, batch["index"])
+                self.checkpoints.check()
+                stop = self.preemption.reached(number)
                 last = number == done + stage.steps
-                if number % self.cfg.train.save_every == 0 or last:
-                    watch.flush()
-                    self.save(number, state, frozen, tree, batches, index)
+                if number % self.cfg.train.save_every == 0 or last or stop:
+                    with watch.aside():
+                        self.save(number, state, frozen, tree, batches, index)
+                if stop:
+                    self.stop(number)
         self.seconds[stage.name] = watch.seconds_per_step
         return self.joined(state, frozen, tree)
 
-    def fit_stage(self, index: int, done: int, tree: Leaves, tracker: Tracker) -> Leaves:
+    def fit_stage(self, index: int, done: int, tree: Leaves, out: Outlets) -> Leaves:
         """The projector in closed form; starts anew when it was interrupted."""
         stage = self.cfg.train.stages[index]
-        model = names.with_method(self.cfg.model, tree, full())
-        loader = make_train_loader(self.cfg, self.source, self.tokenizer, stage, index)
+        model = names.with_method(self.cfg.model, tree, full(), layout=self.layout)
+        loader = make_train_loader(self.cfg, self.source, self.tokenizer, stage, index, self.layout)
         with closing(iter(loader)) as batches:
-            leaves, unexplained = fit_projector(model, batches, stage.steps)
-            tree = {**tree, **leaves}
+            placed = (put_batch(for_device(batch), self.layout) for batch in batches)
+            leaves, unexplained = fit_projector(model, placed, stage.steps)
+            tree = {**tree, **names.place(leaves, self.layout)}
             number = done + stage.steps
-            tracker.log(number, {"unexplained": unexplained})
+            out.tracker.log(number, {"unexplained": unexplained})
+            out.heartbeat.update(number, stage=stage.name)
             self.save(number, State({}, ()), {}, tree, batches, index)
+            if self.preemption.reached(number):
+                self.stop(number)
         return tree
+
+    def stop(self, number: int) -> None:
+        """Raise Preempted once the checkpoint of this step is written; a run that is done ends."""
+        if number < self.cfg.train.steps:
+            self.checkpoints.wait()
+            raise Preempted(
+                f"stopped by SIGTERM at step {number} of {self.cfg.train.steps}, behind a "
+                "checkpoint: start again to go on"
+            )
 
     def joined(self, state: State, frozen: Leaves, tree: Leaves) -> Leaves:
         """The canonical tree after a stage: what it did not touch comes from before it."""
@@ -304,7 +250,13 @@ class Run:
         state = State(
             {k: learning[k] for k in state.learning}, jax.tree.unflatten(structure, moments)
         )
-        return put_replicated(state, self.mesh)
+        return jax.device_put(state, state_shardings(state, self.layout))
+
+
+def next_batches(batches: Iterator[Batch], count: int) -> dict[str, np.ndarray]:
+    """The next `count` batches as one, [count B ...]."""
+    own = [next(batches) for _ in range(count)]
+    return {name: np.stack([batch[name] for batch in own]) for name in own[0]}
 
 
 def stage_bounds(leaves: Mapping[str, Array]) -> tuple[int, ...]:
@@ -324,56 +276,3 @@ HOST_ONLY = ("index", "question", "kind", "glyph", "colour", "row_valid")
 def for_device(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The arrays that the objectives read."""
     return {name: array for name, array in batch.items() if name not in HOST_ONLY}
-
-
-Seen = list[tuple[dict[str, Array], np.ndarray]]
-
-
-class Watch:
-    """Looks at a step's metrics one step late, so that the device never waits for the host.
-
-    Logs their means over the step's batches. Raises NonFiniteLoss naming the step and its images.
-    """
-
-    def __init__(self, tracker: Tracker, stage: str, every: int):
-        self.tracker, self.stage, self.every = tracker, stage, every
-        self.pending: tuple[int, Seen] | None = None
-        self.times: list[float] = []
-        self.last = 0.0
-
-    def see(self, number: int, batches: Seen) -> None:
-        """Take in a step's (metrics, image numbers), one pair for each of its batches."""
-        self.flush()
-        self.pending = (number, batches)
-
-    def flush(self) -> None:
-        """Check and log the pending step."""
-        if self.pending is None:
-            return
-        number, batches = self.pending
-        self.pending = None
-        rows = [{name: float(value) for name, value in metrics.items()} for metrics, _ in batches]
-        now = time.perf_counter()
-        if self.last:
-            self.times.append(now - self.last)
-        self.last = now
-        for values, (_, index) in zip(rows, batches, strict=True):
-            self.check(number, values, index)
-        if number % self.every == 0:
-            means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-            self.tracker.log(number, {**means, "seconds_per_step": self.seconds_per_step})
-
-    def check(self, number: int, values: Mapping[str, float], index: np.ndarray) -> None:
-        """NonFiniteLoss unless a batch's loss and gradient are finite."""
-        if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
-            return
-        raise NonFiniteLoss(
-            f"step {number} (stage {self.stage!r}): loss {values['loss']}, gradient norm "
-            f"{values['gradient_norm']}; images {index.tolist()}. The last checkpoint is from "
-            "before it: lower the learning rate or look at these images, then start again"
-        )
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Median time of a step so far, the first (compilation) left out."""
-        return float(np.median(self.times)) if self.times else 0.0

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerFast
 
 from focus_jax.data import conversation
@@ -14,10 +16,15 @@ from focus_jax.data.loader import Loader, LoaderConfig, make_loader
 from focus_jax.data.sources import FreshSource, Source, source
 from focus_jax.data.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer
 from focus_jax.experiment import DataConfig, Experiment, TrainStage, from_json, to_json
+from focus_jax.sharding import Layout
 
 CONFIG, TOKENIZER = "config.json", "tokenizer"
-# Where a run keeps its things and how often it tells: these may change when it goes on.
-FREE = ("data.directory", "train.save_every", "train.keep", "train.log_every", "train.devices")
+# Where a run keeps its things, how often it tells and on what it runs: these may change when it
+# goes on.
+FREE = (
+    "data.directory", "train.save_every", "train.keep", "train.log_every", "train.devices",
+    "train.mesh", "train.rules",
+)  # fmt: skip
 TEMPLATES = {template.name: template for template in conversation.TEMPLATES}
 
 
@@ -38,22 +45,39 @@ def open_workdir(
 ) -> tuple[Path, PreTrainedTokenizerFast, Experiment]:
     """Make or reopen a workdir for `cfg`; returns it, the tokenizer and the resolved config.
 
-    The vocabulary's size follows the tokenizer. Raises ValueError when the workdir belongs to
-    another experiment, naming the first field that differs.
+    The vocabulary's size follows the tokenizer. Process 0 writes, the others return when it has.
+    Raises ValueError when the workdir belongs to another experiment, naming the first field that
+    differs, and on every process when it cannot be written.
     """
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     tokenizer = glyph_tokenizer(cfg.data)
     decoder = replace(cfg.model.decoder, vocab_size=len(tokenizer))
     cfg = replace(cfg, model=replace(cfg.model, decoder=decoder))
     path = workdir / CONFIG
     if path.exists():
         check_same_run(from_json(path.read_text(encoding="utf-8"), str(path)), cfg, path)
-    if jax.process_index() == 0:
-        write_text(path, to_json(cfg))
+    error = write_workdir(workdir, cfg, tokenizer) if jax.process_index() == 0 else None
+    # The others wait here, and stop as well where the first could not write.
+    if multihost_utils.broadcast_one_to_all(np.int32(error is not None)):
+        raise ValueError(
+            f"workdir {workdir} cannot be written ({error or 'process 0 tells why'}): give another "
+            "--workdir, or free its disk or mend its permissions"
+        ) from error
+    return workdir, tokenizer, cfg
+
+
+def write_workdir(
+    workdir: Path, cfg: Experiment, tokenizer: PreTrainedTokenizerFast
+) -> OSError | None:
+    """Write config and tokenizer into the folder, made if need be; returns what went wrong."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_text(workdir / CONFIG, to_json(cfg))
         if not (workdir / TOKENIZER).exists():
             save_tokenizer(tokenizer, workdir / TOKENIZER)
-    return workdir, tokenizer, cfg
+    except OSError as error:
+        return error
+    return None
 
 
 def check_same_run(stored: Experiment, asked: Experiment, path: Path) -> None:
@@ -104,34 +128,49 @@ def data_source(cfg: Experiment, split: str, fresh_seed: int | None = None) -> S
     return FreshSource(cfg.data.glyphs, fresh_seed, cfg.data.glyphs.size(split))
 
 
-def loader_config(cfg: Experiment, batch: int, questions: int, seed: int) -> LoaderConfig:
-    """The loader's settings; `batch` counts images over all processes."""
-    processes = jax.process_count()
-    if batch % processes:
-        raise ValueError(f"a batch of {batch} images does not divide over {processes} processes")
+def loader_config(
+    cfg: Experiment, batch: int, questions: int, seed: int, layout: Layout | None = None
+) -> LoaderConfig:
+    """The loader's settings; `batch` counts images over all processes.
+
+    This process makes the rows that its devices hold under `layout`; without one, all.
+    Raises ValueError for a batch that does not divide over the layout's devices.
+    """
     return LoaderConfig(
-        batch=batch // processes, questions=questions, seed=seed,
+        batch=batch, questions=questions, seed=seed,
         text_length=cfg.data.text_length, prefix_length=cfg.data.prefix_length,
         image_size=cfg.model.vision.image_size, patch=cfg.model.vision.patch_size,
-        process_index=jax.process_index(), process_count=processes,
+        rows=None if layout is None else layout.rows(batch),
         max_bad_share=cfg.data.max_bad_share,
     )  # fmt: skip
 
 
 def make_train_loader(
-    cfg: Experiment, data: Source, tokenizer: PreTrainedTokenizerFast, stage: TrainStage, index: int
+    cfg: Experiment,
+    data: Source,
+    tokenizer: PreTrainedTokenizerFast,
+    stage: TrainStage,
+    index: int,
+    layout: Layout | None = None,
 ) -> Loader:
     """Endless shuffled batches for one training stage."""
     glyphs = cfg.data.glyphs
     if stage.clutter:
         glyphs = replace(glyphs, clutter=stage.clutter)
         data = FreshSource(glyphs, cfg.data.seed, glyphs.train)
-    config = loader_config(cfg, stage.batch, stage.questions, cfg.train.seed * 1000 + index)
+    seed = cfg.train.seed * 1000 + index
+    config = loader_config(cfg, stage.batch, stage.questions, seed, layout)
     template = TEMPLATES[cfg.data.template]
     return make_loader(data, tokenizer, template, config, True, glyphs)
 
 
-def make_eval_loader(cfg: Experiment, data: Source, tokenizer: PreTrainedTokenizerFast) -> Loader:
+def make_eval_loader(
+    cfg: Experiment,
+    data: Source,
+    tokenizer: PreTrainedTokenizerFast,
+    layout: Layout | None = None,
+) -> Loader:
     """All questions in order, one a row, the image repeated; the last batch is padded."""
-    config = replace(loader_config(cfg, cfg.eval.batch, 1, 0), flat=True, shuffle=False)
+    config = loader_config(cfg, cfg.eval.batch, 1, 0, layout)
+    config = replace(config, flat=True, shuffle=False)
     return make_loader(data, tokenizer, TEMPLATES[cfg.data.template], config, False)

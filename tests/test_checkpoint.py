@@ -1,10 +1,13 @@
+import contextlib
 import gc
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -17,6 +20,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from focus_jax.checkpoint import (
     CheckpointDamaged,
     CheckpointMismatch,
+    CheckpointNotWritten,
     Checkpoints,
     load_meta,
     load_params,
@@ -109,6 +113,52 @@ def test_a_killed_write_is_never_picked_up(tmp_path):
         assert checkpoints.latest() == 1
         checkpoints.save(2, {"a": jnp.zeros(3)}, {}, {})
         assert checkpoints.steps() == [1, 2]
+
+
+@contextlib.contextmanager
+def full_disk(size=4096):
+    """No file grows past `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# Writes that were under way beside the failing one are dropped with a complaint.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("told_by", ["check", "save", "wait", "close"])
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, told_by):
+    match = r"could not be written to .*the last good checkpoint is of step 1; free the disk"
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, make_state(), {"epoch": 1}, {})
+        checkpoints.wait()
+        with full_disk(), pytest.raises(CheckpointNotWritten, match=match):
+            checkpoints.save(2, make_state(), {"epoch": 2}, {})
+            if told_by == "save":
+                checkpoints.save(3, make_state(), {}, {})
+            while told_by == "check":
+                checkpoints.check()
+                time.sleep(0.01)
+            getattr(checkpoints, told_by)()
+        assert checkpoints.steps() == [1]
+        state, data, _ = checkpoints.restore(None, make_state())
+        assert data == {"epoch": 1}
+        assert_same(state, make_state())
+        # Once there is room the same object goes on, and nothing of the failure is left.
+        checkpoints.save(2, make_state(), {"epoch": 2}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+    assert Checkpoints(tmp_path, keep=2).restore(None, make_state())[1] == {"epoch": 2}
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    with pytest.raises(NotADirectoryError, match=r"checkpoints is a file, .* move it away"):
+        checkpoints.save(1, make_state(), {}, {})
+    with pytest.raises(CheckpointNotWritten, match="there is none; free the disk, mend the folder"):
+        Checkpoints(tmp_path / "checkpoints" / "deeper", keep=1).save(1, make_state(), {}, {})
 
 
 def test_saving_a_step_again_needs_a_rewind(saved, tmp_path):

@@ -14,6 +14,12 @@ from focus_jax.objectives import WORD_SLOTS, Loss, answer_loss, words
 RNG = np.random.default_rng(0)
 
 
+def model_of(words):
+    """A model whose normed rows are its scores."""
+    decoder = SimpleNamespace(norm=lambda hidden: hidden, head_kernel=lambda: jnp.eye(words))
+    return SimpleNamespace(decoder=decoder, layout=None)
+
+
 def test_answer_loss_is_the_mean_over_supervised_tokens():
     logits = RNG.normal(size=(3, 5, 7)).astype(np.float32)
     tokens = RNG.integers(0, 7, (3, 5))
@@ -23,8 +29,8 @@ def test_answer_loss_is_the_mean_over_supervised_tokens():
     for place in (2, 3):
         logits[0, place - 1, tokens[0, place]] = 9
     logits[1, 3, tokens[1, 4]] = -9
-    model = SimpleNamespace(decoder=SimpleNamespace(logits=lambda hidden: hidden))
-    loss = answer_loss(model, jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(label))
+    arrays = (jnp.asarray(a) for a in (logits, tokens, label))
+    loss = answer_loss(model_of(7), *arrays)
     expected = []
     for row, place in ((0, 2), (0, 3), (1, 4)):
         z = logits[row, place - 1].astype(np.float64)
@@ -34,9 +40,8 @@ def test_answer_loss_is_the_mean_over_supervised_tokens():
 
 
 def test_nothing_to_learn_costs_nothing():
-    model = SimpleNamespace(decoder=SimpleNamespace(logits=lambda hidden: hidden))
     none = jnp.zeros((2, 4), bool)
-    loss = answer_loss(model, jnp.ones((2, 4, 5)), jnp.zeros((2, 4), int), none)
+    loss = answer_loss(model_of(5), jnp.ones((2, 4, 5)), jnp.zeros((2, 4), int), none)
     assert float(loss.value) == 0 and float(loss.metrics["accuracy"]) == 0
 
 

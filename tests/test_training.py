@@ -22,7 +22,10 @@ from focus_jax import training
 from focus_jax.checkpoint import CheckpointDamaged, Checkpoints, load_params
 from focus_jax.experiment import Experiment, TrainConfig, TrainStage
 from focus_jax.objectives import OBJECTIVES, Loss
-from focus_jax.training import NonFiniteLoss, Run, State, make_optimiser
+from focus_jax.step import State, make_optimiser
+from focus_jax.throughput import CLOCKED
+from focus_jax.training import Run
+from focus_jax.watch import NonFiniteLoss
 from tests.micro import get_config
 
 ROOT = Path(__file__).parents[1]
@@ -90,8 +93,8 @@ def stop_at(monkeypatch, number):
     """Interrupt a run right after it has taken step `number`."""
     see = training.Watch.see
 
-    def stopping(watch, step, batches):
-        see(watch, step, batches)
+    def stopping(watch, step, *seen):
+        see(watch, step, *seen)
         if step == number:
             raise KeyboardInterrupt
 
@@ -100,7 +103,7 @@ def stop_at(monkeypatch, number):
 
 def metrics(workdir):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in CLOCKED} for row in rows]
 
 
 def assert_same(one, other, prefix=""):

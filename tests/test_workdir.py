@@ -1,12 +1,15 @@
 """A run's folder: what it holds, and which experiments may go on in it."""
 
+import errno
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from focus_jax.experiment import from_json
+from focus_jax.sharding import AXES, Layout, ShardingRules
 from focus_jax.workdir import (
     data_source,
     glyph_tokenizer,
@@ -78,6 +81,8 @@ def test_another_experiment_is_refused(config, tmp_path, path, value, said):
         ("train.keep", 9),
         ("train.log_every", 3),
         ("train.devices", 1),
+        ("train.mesh", "fsdp=2,tensor=2"),
+        ("train.rules", ShardingRules(vocab=())),
     ],
 )
 def test_what_leaves_the_parameters_alone_may_change(config, tmp_path, path, value):
@@ -154,12 +159,45 @@ def test_evaluation_asks_each_question_in_its_own_row(config):
     ]
 
 
-def test_a_batch_is_shared_out_to_the_processes(config, monkeypatch, tmp_path):
-    monkeypatch.setattr(jax, "process_count", lambda: 4)
-    monkeypatch.setattr(jax, "process_index", lambda: 3)
-    settings = loader_config(config, 8, 2, seed=1)
-    assert (settings.batch, settings.process_index, settings.process_count) == (2, 3, 4)
-    with pytest.raises(ValueError, match="batch of 6 images does not divide over 4 processes"):
-        loader_config(config, 6, 2, seed=1)
-    # Only the first process writes.
-    assert not list(open_workdir(config, tmp_path)[0].iterdir())
+def test_a_process_makes_the_rows_that_its_devices_hold(config):
+    class Second(Layout):
+        """The second of four processes."""
+
+        def rows(self, batch):
+            self.check_batch(batch)
+            return batch // 4, batch // 2
+
+    layout = Second(AbstractMesh((2, 2, 1), AXES))
+    settings = loader_config(config, 8, 2, seed=1, layout=layout)
+    assert (settings.batch, settings.rows) == (8, (2, 4))
+    assert loader_config(config, 8, 2, seed=1).rows is None
+    said = r"a batch of 6 rows does not divide over 4 devices \(data=2, fsdp=2, tensor=1\)"
+    with pytest.raises(ValueError, match=said):
+        loader_config(config, 6, 2, seed=1, layout=layout)
+    tokenizer, stage = glyph_tokenizer(config.data), replace(config.train.stages[0], batch=4)
+    source = data_source(config, "train")
+    loaders = [make_train_loader(config, source, tokenizer, stage, 0, x) for x in (layout, None)]
+    part, whole = (next(iter(loader))["index"].tolist() for loader in loaders)
+    assert part == whole[1:2]
+    loaders = [make_eval_loader(config, source, tokenizer, x) for x in (layout, None)]
+    part, whole = (next(iter(loader))["index"].tolist() for loader in loaders)
+    assert part == whole[2:4]
+
+
+def test_the_first_process_writes(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    folder, tokenizer, resolved = open_workdir(config, tmp_path / "run")
+    assert not folder.exists() and resolved.model.decoder.vocab_size == len(tokenizer)
+
+
+def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"workdir \S*file/run cannot be written \(.*--workdir"):
+        open_workdir(config, tmp_path / "file" / "run")
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("focus_jax.workdir.write_text", full)
+    with pytest.raises(ValueError, match=r"cannot be written \(.*No space left.*free its disk"):
+        open_workdir(config, tmp_path / "run")

@@ -13,8 +13,9 @@ from focus_jax.charts import MethodPoint, accuracy_plot
 from focus_jax.cli.arguments import Meter, Parser, argv_or, not_negative
 from focus_jax.cli.common import friendly, split_flags
 from focus_jax.cli.show import draw
+from focus_jax.evaluate.operations import step_flops
 from focus_jax.evaluate.runner import Result, Trained, read_run
-from focus_jax.evaluate.study import evaluate_once, step_flops, train_once, write_json
+from focus_jax.evaluate.study import evaluate_once, train_once, write_json
 from focus_jax.experiment import Experiment, load_program, override
 from focus_jax.report import markdown_table
 from focus_jax.workdir import write_text

@@ -1,28 +1,41 @@
 """`eval.py`: a trained run's score with any method, as a Markdown table, JSON and answers."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from focus_jax.cli.arguments import Meter, Parser, argv_or, not_negative, positive
-from focus_jax.cli.common import friendly
+from focus_jax.cli.common import add_process_flags, friendly, joined
 from focus_jax.data.glyph_config import SPLITS
-from focus_jax.evaluate.runner import Result, evaluate
+from focus_jax.evaluate.runner import Result, evaluate, read_run
 from focus_jax.evaluate.study import write_json
 from focus_jax.report import markdown_table
+from focus_jax.sharding import make_layout
 
 
 @friendly
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a run. Exit 0 when all questions were answered."""
     flags = parser().parse_args(argv_or(argv))
-    result = evaluate(
-        flags.checkpoint, flags.method, flags.split, flags.data_seed, flags.limit, flags.batch,
-        flags.answers, flags.init_samplers, Meter("evaluate"),
-    )  # fmt: skip
-    if flags.json:
-        write_json(flags.json, result.to_json())
-    print(table(result), end="")
+    with joined(flags, preemptible=False):
+        score(flags)
     return 0
+
+
+def score(flags: argparse.Namespace) -> None:
+    """Answer, and let process 0 tell and write."""
+    tells = jax.process_index() == 0
+    run = read_run(flags.checkpoint, make_layout(flags.mesh))
+    result = evaluate(
+        run, flags.method, flags.split, flags.data_seed, flags.limit, flags.batch, flags.answers,
+        flags.init_samplers, Meter("evaluate") if tells else None,
+    )  # fmt: skip
+    if tells and flags.json:
+        write_json(flags.json, result.to_json())
+    if tells:
+        print(table(result), end="")
 
 
 def parser() -> Parser:
@@ -34,12 +47,17 @@ def parser() -> Parser:
     out.add_argument("--data-seed", type=not_negative, metavar="N", help="images made anew")
     out.add_argument("--limit", type=not_negative, default=0, metavar="N", help="images, 0: all")
     out.add_argument("--batch", type=positive, default=0, metavar="N", help="questions at a time")
+    out.add_argument(
+        "--mesh", default="data", metavar="M",
+        help="how devices stand, such as fsdp,tensor=2; default: data, each with the whole model",
+    )  # fmt: skip
     out.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     out.add_argument("--answers", type=Path, metavar="FILE", help="write every answer, JSON lines")
     out.add_argument(
         "--init-samplers", choices=("random",), default="",
         help="fresh weights where a learned method has none in the checkpoint",
     )  # fmt: skip
+    add_process_flags(out)
     return out
 
 

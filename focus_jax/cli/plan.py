@@ -1,10 +1,14 @@
-"""`python -m focus_jax plan`: what methods cost on a model, computed without running it."""
+"""`python -m focus_jax plan`: what methods cost on a model, computed without running it.
+
+With --topology: what a step takes on a slice of a pod, compiled without having it (plan_pod.py).
+"""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from focus_jax.cli import plan_pod
 from focus_jax.cli.arguments import Parser, argv_or, positive
 from focus_jax.cli.common import friendly, split_flags
 from focus_jax.compress.plan import plan
@@ -30,8 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print one table for each method. Exit 0 when all of them fit the model."""
     given = argv_or(argv)
     flags, settings = split_flags(parser(), given)
-    if flags.preset and settings:
-        parser().parse_args(given)  # a preset has no settings: this tells which flag is unknown
+    if settings and not flags.config:
+        parser().parse_args(given)  # only a config has settings: this tells which flag is unknown
+    if flags.markdown:
+        return plan_pod.page(flags)
+    plan_pod.check_flags(flags)
+    if flags.topology:
+        cfg = override(load_program(flags.config), settings, "focus_jax plan")
+        return plan_pod.run(flags, cfg, given)
     subject = of_preset(flags.preset) if flags.preset else of_config(flags.config, settings)
     text = subject.text if flags.text is None else flags.text
     tiles = flags.tiles or subject.model.max_tiles
@@ -44,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods = [parse_method(name, subject.compress) for name in names]
     plans = [
         plan(
-            method, dims, sizes, text, prefix_tokens=subject.prefix, questions=flags.questions,
-            head_tokens=1,
+            method, dims, sizes, text, prefix_tokens=subject.prefix,
+            questions=flags.questions or 1, head_tokens=1,
         )
         for method in methods or [subject.compress.value()]
     ]  # fmt: skip
@@ -75,7 +85,8 @@ def parser() -> Parser:
         "--tiles", type=positive, metavar="N", help="thumbnail included; default: most"
     )
     out.add_argument("--text", type=positive, metavar="N", help="tokens of a question")
-    out.add_argument("--questions", type=positive, default=1, metavar="N", help="about one image")
+    out.add_argument("--questions", type=positive, metavar="N", help="about one image")
+    plan_pod.add_flags(out, of)
     out.add_argument("--json", type=Path, metavar="FILE", help="write the plans here")
     return out
 

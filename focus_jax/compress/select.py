@@ -86,7 +86,7 @@ def top_k(
     """`top_k_in_order` with the highest score first."""
     _check_slots("k", k)
     _check_same_shape(score, valid)
-    ranked, index = lax.top_k(_rankable(score, valid), min(k, score.shape[-1]))
+    ranked, index = highest(_rankable(score, valid), min(k, score.shape[-1]))
     taken = ranked > -jnp.inf
     if count is not None:
         taken &= jnp.arange(index.shape[-1]) < jnp.asarray(count)[..., None]
@@ -109,6 +109,17 @@ def top_k_in_order(
     return _compact(*top_k(score, valid, k, count), k)
 
 
+def highest(score: Float[Array, "*B V"], k: int) -> tuple[Array, Int[Array, "*B k"]]:
+    """The `k` highest scores, falling, and where they stand; equal ones in their order.
+
+    `lax.top_k` by sorting: a compiler that splits samples over devices sorts each where it lies,
+    but gathers them all for its own top-k.
+    """
+    place = lax.broadcasted_iota(jnp.int32, score.shape, score.ndim - 1)
+    falling, index = lax.sort((-score, place), dimension=-1, is_stable=True, num_keys=1)
+    return -falling[..., :k], index[..., :k]
+
+
 def top_k_mask(
     score: Num[Array, "*B V"], valid: Bool[Array, "*B V"], k: int
 ) -> Bool[Array, "*B V"]:
@@ -120,7 +131,7 @@ def top_k_mask(
     _check_slots("k", k)
     _check_same_shape(score, valid)
     rankable = _rankable(score, valid)
-    least = lax.top_k(rankable, min(k, score.shape[-1]))[0][..., -1:]
+    least = highest(rankable, min(k, score.shape[-1]))[0][..., -1:]
     above = rankable > least
     level = (rankable == least) & valid
     room = k - above.sum(-1, keepdims=True, dtype=jnp.int32)

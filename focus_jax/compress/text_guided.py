@@ -156,9 +156,11 @@ def attention_score(
     if others is not None:
         total = total + jnp.exp(others - top).sum(-1, keepdims=True)
     weights = (exp / jnp.maximum(total, 1e-30)).reshape(b, qs, t, h, -1)
-    weights = weights.mean(3) if heads == "mean" else weights.max(3)
-    share = rows / jnp.maximum(rows.sum(-1, keepdims=True), 1)
-    return jnp.einsum("bqtv,bqt->bqv", weights, share.astype(jnp.float32))
+    share = (rows / jnp.maximum(rows.sum(-1, keepdims=True), 1)).astype(jnp.float32)
+    if heads == "max":
+        return jnp.einsum("bqtv,bqt->bqv", weights.max(3), share)
+    # Rows before heads: devices that hold different heads then add [B Q V] and no more.
+    return jnp.einsum("bqthv,bqt->bqhv", weights, share).mean(2)
 
 
 def other_logits(layer: LayerView, q: Array, at: Int[Array, "B Q R"]) -> Array:

@@ -1,10 +1,12 @@
 """Batches for training and evaluation, read ahead by threads, from a position that is restorable.
 
-A batch is a function of (seed, batch number, process), so the state of an iterator is one number
-and the same on every process.
+A batch is a function of (seed, batch number) alone, whatever the number of processes; each makes
+the rows of it that it holds. So the state of an iterator is one number, the same on every process,
+and it serves any other number of them.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import grain
@@ -17,7 +19,8 @@ from focus_jax.data.loader_config import LoaderConfig
 from focus_jax.data.rows import BadImages, EvalRows, TrainRows
 from focus_jax.data.sources import Record, Source
 
-_ENDLESS = 1 << 60
+# The questions of an image follow one another: its record is read once.
+_RECORDS = 64
 
 __all__ = ["Gold", "Loader", "LoaderConfig", "LoaderIterator", "make_loader"]
 
@@ -41,6 +44,7 @@ def make_loader(
 ) -> "Loader":
     """A loader of batches with static shapes (B images, Q questions, N patches).
 
+    B counts the rows that this process makes (`LoaderConfig.rows`).
     pixels uint8 [B, 1, S, S, 3]; patch_valid [B, 1, N]; tile_origin [B, 1, 2];
     prefix, prefix_valid [B, P]; tokens, token_valid, label_mask, query_mask [B, Q, T], padded on
     the right; row_valid, question, kind [B, Q]; index [B], the position in the source. With
@@ -48,8 +52,8 @@ def make_loader(
     colour [B, N]. Rows that only fill the last batch repeat a real one: index, question and kind
     are -1, row_valid is False.
 
-    Raises ValueError for an empty source, a batch larger than a process's share, sizes that do
-    not match `glyphs`; while iterating, when too many images are corrupt.
+    Raises ValueError for an empty source, a batch larger than the source, sizes that do not match
+    `glyphs`; while iterating, when this process meets too many corrupt images.
     """
     return Loader(source, tokenizer, template, config, train, glyphs)
 
@@ -76,28 +80,27 @@ class Loader:
         rows = TrainRows if train else EvalRows
         self._rows: TrainRows | EvalRows = rows(source, config, self.bad_images)
         shape = Shape(
-            config.batch,
+            len(config.held),
             self._rows.questions,
             config.prefix_length,
             config.text_length,
             config.image_size,
             config.patch,
         )
+        self._record = lru_cache(_RECORDS)(source.__getitem__)
         self._make = BatchMaker(tokenizer, template, shape, train, glyphs)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of one pass; equal on every process."""
+        """Batches that hold one pass; the last of them is padded, or shared with the next pass."""
         return self._rows.steps
 
     def __iter__(self) -> "LoaderIterator":
-        epochs = self._config.epochs if self._train else 1
-        total = _ENDLESS if epochs is None else self._rows.steps * epochs
         threads = self._config.threads
         options = grain.ReadOptions(
             num_threads=threads, prefetch_buffer_size=self._config.prefetch if threads else 0
         )
-        batches = grain.MapDataset.source(range(total)).map(self._batch)
+        batches = grain.MapDataset.source(range(self._rows.total)).map(self._batch)
         return LoaderIterator(iter(batches.to_iter_dataset(options)), self._fingerprint())
 
     def gold(self, batch: Batch) -> list[list[Gold | None]]:
@@ -107,7 +110,7 @@ class Loader:
         for index, numbers, valid in zip(*(batch[n].tolist() for n in names), strict=True):
             asked = zip(numbers, valid, strict=True)
             if any(valid):
-                record = self._source[index]
+                record = self._record(index)
                 rows.append([_gold(record, number) if ok else None for number, ok in asked])
             else:
                 rows.append([None for _ in asked])
@@ -126,7 +129,6 @@ class Loader:
             "flat": config.flat,
             "seed": config.seed,
             "shuffle": config.shuffle,
-            "process_count": config.process_count,
         }
 
 
@@ -141,16 +143,19 @@ class LoaderIterator(Iterator[Batch]):
         return next(self._batches)
 
     def get_state(self) -> dict[str, Any]:
-        """The position, as JSON: equal on all processes, exact whatever has been prefetched."""
+        """The position, as JSON: equal on all processes, exact whatever has been prefetched.
+
+        It serves any number of processes.
+        """
         return {"order": dict(self._fingerprint), "grain": self._batches.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue where `get_state` was called. Raises ValueError for another order of data."""
         order = state.get("order", {})
         changed = [
-            f"{name} was {order.get(name)!r}, is {value!r}"
-            for name, value in self._fingerprint.items()
-            if order.get(name) != value
+            f"{name} was {order.get(name)!r}, is {self._fingerprint.get(name)!r}"
+            for name in self._fingerprint | order
+            if order.get(name) != self._fingerprint.get(name)
         ]
         if changed:
             raise ValueError(

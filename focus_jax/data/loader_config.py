@@ -1,12 +1,15 @@
 """Settings of the loader."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How batches are made. `batch` counts images per process.
+    """How batches are made.
 
+    `batch` counts the whole job's images, whatever the number of processes; `rows` says
+    which of them this process makes, by their numbers in rising order; None: all.
     Training asks `questions` of each image's questions, drawn anew each epoch; evaluation asks
     all of them in order, or with `flat` one per row. `text_length` and `prefix_length` count
     tokens after and before the image. `epochs` = None is endless; evaluation is one pass, never
@@ -23,8 +26,7 @@ class LoaderConfig:
     shuffle: bool = True
     epochs: int | None = None
     flat: bool = False
-    process_index: int = 0
-    process_count: int = 1
+    rows: tuple[int, ...] | None = None
     threads: int = 2
     prefetch: int = 4
     max_bad_share: float = 0.01
@@ -37,15 +39,17 @@ class LoaderConfig:
             "prefix_length",
             "image_size",
             "patch",
-            "process_count",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"loader: {name}={getattr(self, name)}: give 1 or more")
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"loader: epochs={self.epochs}: give 1 or more, or None for endless")
-        if not 0 <= self.process_index < self.process_count:
+        held = self.held
+        rising = all(a < b for a, b in pairwise(held))
+        if not held or not rising or held[0] < 0 or held[-1] >= self.batch:
             raise ValueError(
-                f"loader: process_index={self.process_index}: give 0 to {self.process_count - 1}"
+                f"loader: rows={self.rows} of a batch of {self.batch}: give numbers from 0 to "
+                f"{self.batch - 1} in rising order"
             )
         if self.image_size % self.patch:
             raise ValueError(
@@ -58,3 +62,8 @@ class LoaderConfig:
                 f"loader: threads={self.threads}, prefetch={self.prefetch}: give threads >= 0"
                 " and prefetch >= 1"
             )
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The rows of each batch that this process makes."""
+        return tuple(range(self.batch)) if self.rows is None else self.rows

@@ -1,12 +1,12 @@
-"""Which images and questions make up a batch: shuffling, sharding, unreadable images.
+"""Which images and questions make up a batch: shuffling, shares of processes, unreadable images.
 
-Processes always have equally many batches: neither a remainder nor an unreadable image lets one
-run ahead of the others.
+A batch is the same whatever the number of processes; each makes the rows that it holds. So all have
+equally many batches: neither a remainder nor an unreadable image lets one run ahead of the others.
 """
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +19,9 @@ from focus_jax.data.sources import Record, Source
 _ORDER, _QUESTIONS, _SUBSTITUTE = range(3)
 # Past so many corrupt images in a row something else is wrong.
 _SUBSTITUTES = 100
+# Threads read ahead over the end of an epoch, so several orders are in use.
+_ORDERS = 4
+_ENDLESS = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -68,35 +71,37 @@ class BadImages:
 
 
 class TrainRows:
-    """Full batches in a new order each epoch, dealt out to the processes.
+    """Epochs one behind another, each with every image once in an order of its own.
 
-    In place of a corrupt image comes another one of the same process, drawn at random.
+    Where an epoch ends inside a batch the next one begins there: no image is left out. With
+    `epochs` the last batch is filled up with rows that are not valid. In place of a corrupt image
+    comes another one, drawn at random.
     """
 
     def __init__(self, source: Source, config: LoaderConfig, bad: BadImages):
-        share = len(source) // config.process_count
-        if config.batch > share:
+        examples = len(source)
+        if config.batch > examples:
             raise ValueError(
-                f"loader: batch={config.batch} is larger than the {share} examples of a process"
-                f" ({len(source)} over {config.process_count}): lower batch"
+                f"loader: batch={config.batch} is larger than the {examples} examples: lower batch"
             )
-        self.steps = share // config.batch
+        self._places = _ENDLESS if config.epochs is None else config.epochs * examples
+        self.steps = -(-examples // config.batch)
+        self.total = -(-self._places // config.batch)
         self.questions = config.questions
-        self._share = share
         self._source = source
         self._config = config
         self._bad = bad
-        # Threads read ahead over the end of an epoch, so two orders are in use.
-        self._order = lru_cache(2)(self._make_order)
+        self._order = lru_cache(_ORDERS)(self._make_order)
 
     def __call__(self, number: int) -> list[Row]:
-        """The rows of batch `number`, counted over all epochs."""
-        epoch, step = divmod(number, self.steps)
-        batch = self._config.batch
-        wanted = self._order(epoch)[step * batch : (step + 1) * batch]
-        return [self._row(epoch, place) for place in wanted.tolist()]
+        """This process's rows of batch `number`, counted over all epochs."""
+        return [self._row(place) for place in places_of(self._config, number)]
 
-    def _row(self, epoch: int, wanted: int) -> Row:
+    def _row(self, place: int) -> Row:
+        if place >= self._places:
+            return replace(self._row(0), valid=False)
+        epoch, step = divmod(place, len(self._source))
+        wanted = int(self._order(epoch)[step])
         index, record, image = self._readable(epoch, wanted)
         stored = len(record["question"])
         if stored == 0:
@@ -113,7 +118,7 @@ class TrainRows:
             image = self._bad.decode(index, record)
             if image is not None:
                 return index, record, image
-            index = int(self._order(epoch)[rng.integers(self._share)])
+            index = int(self._order(epoch)[rng.integers(len(self._source))])
         raise ValueError(
             f"{_SUBSTITUTES} images drawn in place of example {wanted} are all corrupt:"
             " repair the data"
@@ -121,14 +126,13 @@ class TrainRows:
 
     def _make_order(self, epoch: int) -> np.ndarray:
         config, examples = self._config, len(self._source)
-        order = np.arange(examples)
-        if config.shuffle:
-            order = np.random.default_rng((config.seed, _ORDER, epoch)).permutation(examples)
-        return order[config.process_index :: config.process_count][: self._share]
+        if not config.shuffle:
+            return np.arange(examples)
+        return np.random.default_rng((config.seed, _ORDER, epoch)).permutation(examples)
 
 
 class EvalRows:
-    """Every image (or, flat, every question) once, in order; the last batches are padded.
+    """Every image (or, flat, every question) once, in order; the last batch is padded.
 
     A corrupt image stays, black and not valid. Padding repeats the first example.
     """
@@ -139,20 +143,14 @@ class EvalRows:
             raise ValueError("example 0 has no questions: remove it from the source")
         self.questions = 1 if config.flat else self._stored
         self._places = len(source) * self._stored if config.flat else len(source)
-        share = -(-self._places // config.process_count)
-        self.steps = -(-share // config.batch)
+        self.steps = self.total = -(-self._places // config.batch)
         self._source = source
         self._config = config
         self._bad = bad
 
     def __call__(self, number: int) -> list[Row]:
-        """The rows of batch `number`."""
-        config = self._config
-        first = number * config.batch
-        return [
-            self._row(place * config.process_count + config.process_index)
-            for place in range(first, first + config.batch)
-        ]
+        """This process's rows of batch `number`."""
+        return [self._row(place) for place in places_of(self._config, number)]
 
     def _row(self, place: int) -> Row:
         real = place < self._places
@@ -169,3 +167,8 @@ class EvalRows:
         asked = [question] if self._config.flat else list(range(self._stored))
         image = self._bad.decode(index, record)
         return Row(index, record, image, asked, valid=real and image is not None)
+
+
+def places_of(config: LoaderConfig, number: int) -> list[int]:
+    """The places, counted over the whole job's batches, of this process's rows of one of them."""
+    return [number * config.batch + row for row in config.held]

@@ -1,30 +1,43 @@
-"""Greedy answers of a trained run, with any method in place, scored and timed."""
+"""Greedy answers of a trained run, with any method in place, scored and timed.
+
+Several processes each answer the rows of a batch that their devices hold; what they said is
+gathered once, at the end, and every process then has the whole result.
+"""
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Int
 from transformers import PreTrainedTokenizerFast
 
 from focus_jax.checkpoint import Checkpoints, load_params
 from focus_jax.compress.method import Method
 from focus_jax.compress.plan import Plan, plan
-from focus_jax.data.loader import Loader
+from focus_jax.data.loader import Gold, Loader
 from focus_jax.data.sources import Record, Source
 from focus_jax.evaluate.metrics import by_kind, exact_match
 from focus_jax.experiment import Experiment
 from focus_jax.generate import Generator, texts
 from focus_jax.methods import parse_method
-from focus_jax.models.params import initialise, with_method
+from focus_jax.models.params import (
+    Leaf,
+    abstract,
+    canonical,
+    initialise,
+    named_leaves,
+    with_method,
+)
 from focus_jax.models.vlm import VLM, dims_of, sizes_of
 from focus_jax.objectives import inputs_of
 from focus_jax.sampling import Sampling
-from focus_jax.sharding import make_mesh, put_batch, put_replicated
+from focus_jax.sharding import Layout, describe, make_layout, put_batch
 from focus_jax.training import for_device
 from focus_jax.workdir import data_source, make_eval_loader, read_workdir, write_text
 
@@ -82,23 +95,32 @@ class Result:
 
 @dataclass(frozen=True)
 class Trained:
-    """A run read back: its config, tokenizer, canonical parameters, and the step they are from."""
+    """A run read back: its config, tokenizer, canonical parameters, and the step they are from.
+
+    `layout`: where the parameters lie; None: all on one device.
+    """
 
     workdir: Path
     config: Experiment
     tokenizer: PreTrainedTokenizerFast
     tree: dict[str, jax.Array]
     step: int
+    layout: Layout | None = None
 
     def method(self, text: str | None) -> Method:
         """The method that `text` names; without it, the one that the run trained with."""
         return parse_method(text, self.config.compress) if text else self.config.compress.value()
 
-    def model(self, method: Method, init_samplers: InitSamplers = "") -> VLM:
-        """The run's model with any method; ValueError for a learned one without weights."""
+    def model(
+        self, method: Method, init_samplers: InitSamplers = "", layout: Layout | None = None
+    ) -> VLM:
+        """The run's model with any method, as `layout` says or on one device.
+
+        ValueError for a learned method without weights.
+        """
         cfg = self.config
-        fresh = lambda: initialise(cfg.model, method, cfg.train.seed)  # noqa: E731
-        return with_method(cfg.model, self.tree, method, fresh if init_samplers else None)
+        fresh = lambda: initialise(cfg.model, method, cfg.train.seed, layout)  # noqa: E731
+        return with_method(cfg.model, self.tree, method, fresh if init_samplers else None, layout)
 
     def plan(self, method: Method) -> Plan:
         """What a question's prefill costs with this method."""
@@ -109,14 +131,30 @@ class Trained:
         )  # fmt: skip
 
 
-def read_run(workdir: str | Path) -> Trained:
-    """A run's newest checkpoint with its config. FileNotFoundError says what is missing."""
+def read_run(workdir: str | Path, layout: Layout | None = None) -> Trained:
+    """A run's newest checkpoint with its config; each device reads its own part of `layout`.
+
+    FileNotFoundError says what is missing.
+    """
     config, tokenizer = read_workdir(workdir)
     folder = Path(workdir) / "checkpoints"
-    tree, _ = load_params(folder)
+    tree, _ = load_params(folder, None if layout is None else kept(config, layout))
     with Checkpoints(folder, keep=1) as checkpoints:
         step = checkpoints.latest()
-    return Trained(Path(workdir), config, tokenizer, tree, step or 0)
+    return Trained(Path(workdir), config, tokenizer, tree, step or 0, layout)
+
+
+def kept(cfg: Experiment, layout: Layout) -> dict[str, Leaf]:
+    """Shapes of a run's canonical parameters, with the place where each is kept."""
+
+    def placed(name: str, leaf: Leaf) -> Leaf:
+        if isinstance(leaf, list):
+            return [placed(name, layer) for layer in leaf]
+        sharding = layout.stored(name, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    shapes = canonical(named_leaves(abstract(cfg.model, cfg.compress.value())))
+    return {name: placed(name, leaf) for name, leaf in shapes.items()}
 
 
 def evaluate(
@@ -132,28 +170,29 @@ def evaluate(
 ) -> Result:
     """Answer a split's questions greedily, one a sample, and score them by exact match.
 
-    `run` is a workdir, or what `read_run` made of it. Without them, `method`, `split`, `limit`
-    (the first images alone, 0: all) and `batch` (questions) are the run's own. `data_seed` draws
-    images anew instead of the stored ones. `out`: every answer as a line of JSON.
-    `progress(done, total)` is called after each batch.
+    `run` is a workdir, or what `read_run` made of it; where that has no layout, every device holds
+    the whole model. All processes of a job call this, and get the same result. `method`, `split`,
+    `limit` (the first images alone, 0: all) and `batch` (questions) are the run's own unless given.
+    `data_seed` draws images anew instead of the stored ones. `out`: every answer as a line of JSON,
+    written by process 0. `progress(done, total)` is called after each batch.
     Raises FileNotFoundError where there is no run, ValueError for what does not fit it.
     """
-    run = run if isinstance(run, Trained) else read_run(run)
-    if jax.process_count() > 1:
-        raise ValueError("evaluation runs in one process: start it on one host")
+    run = run if isinstance(run, Trained) else read_run(run, make_layout())
+    layout = run.layout or make_layout()
     chosen, split = run.method(method), split or run.config.eval.split
     limit, batch = limit or run.config.eval.limit, batch or run.config.eval.batch
     if limit < 0 or batch < 1:
         raise ValueError(f"limit={limit}, batch={batch}: give at least 0 images, 1 question")
+    check_batch(batch, layout)
     cfg = replace(run.config, eval=replace(run.config.eval, batch=batch))
     cost = run.plan(chosen)
-    model = run.model(chosen, init_samplers)
+    model = run.model(chosen, init_samplers, layout)
     source = first_images(data_source(cfg, split, data_seed), limit)
-    loader = make_eval_loader(cfg, source, run.tokenizer)
-    answers, seconds = answer_all(model, cfg, run.tokenizer, loader, progress)
+    loader = make_eval_loader(cfg, source, run.tokenizer, layout)
+    answers, seconds = answer_all(model, cfg, run.tokenizer, loader, layout, progress)
     if not answers:
         raise ValueError(f"no image of {split!r} can be read ({len(source)} tried): mend the data")
-    if out is not None:
+    if out is not None and jax.process_index() == 0:
         write_answers(Path(out), answers)
     kinds = by_kind([a.kind for a in answers], [a.correct for a in answers])
     everything = kinds.pop("all")
@@ -176,8 +215,19 @@ def evaluate(
         flops=cost.flops.total,
         seconds_per_sample=seconds,
         batch=batch,
-        device=f"{jax.devices()[0].device_kind} x {len(jax.devices())}",
+        device=f"{jax.devices()[0].device_kind} x {layout.mesh.size}",
     )
+
+
+def check_batch(batch: int, layout: Layout) -> None:
+    """ValueError unless so many questions divide over the devices that hold samples."""
+    ways = layout.ways("batch")
+    if batch % ways:
+        raise ValueError(
+            f"a batch of {batch} questions does not divide over {ways} devices "
+            f"({describe(layout.mesh)}): give a multiple of {ways} (--batch) or another mesh "
+            "(--mesh)"
+        )
 
 
 class FirstImages:
@@ -200,64 +250,100 @@ def first_images(source: Source, limit: int) -> Source:
     return FirstImages(source, min(limit, len(source))) if limit else source
 
 
+# Columns of what processes tell each other; behind them the answer's tokens.
+PLACE, INDEX, QUESTION, VALID = range(4)
+COLUMNS = 4
+
+
 def answer_all(
     model: VLM,
     cfg: Experiment,
     tokenizer: PreTrainedTokenizerFast,
     loader: Loader,
+    layout: Layout,
     progress: Progress | None = None,
 ) -> tuple[list[Answer], float]:
-    """Answers to all questions of a flat loader, and the median seconds of one."""
-    mesh = make_mesh()
-    sampling = Sampling(cfg.eval.max_new_tokens, stop=(int(tokenizer.eos_token_id),))
-    generate = Generator(put_replicated(model, mesh), sampling)
-    answers: list[Answer] = []
+    """Answers to all questions of a flat loader, and the median seconds of one.
+
+    The loader makes this process's rows; the answers are those of all processes, in order.
+    ValueError when a right answer would not fit the new tokens.
+    """
+    new = cfg.eval.max_new_tokens
+    generate = Generator(model, Sampling(new, stop=(int(tokenizer.eos_token_id),)))
+    # On every device, and so the same for all processes.
+    fold = jax.jit(jax.random.fold_in, out_shardings=layout.sharding())
+    by_sample = jax.jit(lambda tokens: tokens, out_shardings=layout.sharding("batch"))
+    held = np.array(layout.rows(cfg.eval.batch))
+    parts: list[np.ndarray] = []
     times, total = [], loader.steps_per_epoch
     batches = iter(loader)
     for number, batch in enumerate(batches):
-        inputs = inputs_of(put_batch(for_device(batch), mesh))
-        key = jax.random.fold_in(jax.random.key(cfg.train.seed), number)
+        check_room(loader.gold(batch), tokenizer, new)
+        inputs = inputs_of(put_batch(for_device(batch), layout))
+        key = fold(jax.random.key(cfg.train.seed), np.uint32(number))
         if number == 0:  # once more than the others, so that compilation is not timed
             jax.block_until_ready(generate(inputs, key))
-        jax.block_until_ready(inputs)
+        jax.block_until_ready((inputs, key))
         start = time.perf_counter()
         tokens = jax.block_until_ready(generate(inputs, key))
         times.append((time.perf_counter() - start) / len(tokens))
-        answers += answers_of(batch, loader, np.asarray(tokens), tokenizer)
+        place = number * cfg.eval.batch + held
+        about = (place, batch["index"], batch["question"][:, 0], batch["row_valid"][:, 0])
+        parts.append(np.column_stack([*about, own_rows(by_sample(tokens))]).astype(np.int32))
         if progress is not None:
             progress(number + 1, total)
     batches.close()
-    return answers, float(np.median(times))
+    said = everyones(np.concatenate(parts))
+    return list(answers_of(said, loader, tokenizer)), float(np.median(times))
+
+
+def own_rows(x: Array) -> np.ndarray:
+    """The rows of an array split over its first axis that this process holds."""
+    parts = {shard.index[0].indices(len(x))[0]: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[first]) for first in sorted(parts)])
+
+
+def everyones(rows: Int[np.ndarray, "R C"]) -> Int[np.ndarray, "S C"]:
+    """The rows of all processes, each once, in the order of their places."""
+    rows = multihost_utils.process_allgather(rows, tiled=True)
+    # Processes that share a tensor axis hold the same rows.
+    return rows[np.unique(rows[:, PLACE], return_index=True)[1]]
+
+
+def check_room(
+    golds: Sequence[Sequence[Gold | None]], tokenizer: PreTrainedTokenizerFast, new: int
+) -> None:
+    """ValueError when a right answer has more tokens than are generated."""
+    for gold in (gold for row in golds for gold in row if gold is not None):
+        needed = len(tokenizer(gold.answer, add_special_tokens=False)["input_ids"])
+        if needed > new:
+            raise ValueError(
+                f"the answer {gold.answer!r} has {needed} tokens, and the run generates {new}: set "
+                "eval.max_new_tokens in its config"
+            )
 
 
 def answers_of(
-    batch: dict[str, np.ndarray],
-    loader: Loader,
-    tokens: np.ndarray,
-    tokenizer: PreTrainedTokenizerFast,
+    said: Int[np.ndarray, "S C"], loader: Loader, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Answer]:
-    """The scored answers of a batch, padding left out.
-
-    ValueError when a right answer would not fit the new tokens.
-    """
-    said = texts(tokenizer, tokens)
-    for row, (golds, prediction) in enumerate(zip(loader.gold(batch), said, strict=True)):
-        if (gold := golds[0]) is not None:
-            needed = len(tokenizer(gold.answer, add_special_tokens=False)["input_ids"])
-            if needed > tokens.shape[1]:
-                raise ValueError(
-                    f"the answer {gold.answer!r} has {needed} tokens, and the run generates "
-                    f"{tokens.shape[1]}: set eval.max_new_tokens in its config"
-                )
-            yield Answer(
-                index=int(batch["index"][row]),
-                question_number=int(batch["question"][row, 0]),
-                question=gold.question,
-                gold=gold.answer,
-                prediction=prediction,
-                kind=gold.kind,
-                correct=exact_match(prediction, gold.answer),
-            )
+    """Rows of numbers as scored answers, padding and corrupt images left out."""
+    said = said[said[:, VALID] == 1]
+    batch = {
+        "index": said[:, INDEX], "question": said[:, [QUESTION]],
+        "row_valid": said[:, [VALID]] == 1,
+    }  # fmt: skip
+    predictions = texts(tokenizer, said[:, COLUMNS:])
+    for row, [gold], prediction in zip(said, loader.gold(batch), predictions, strict=True):
+        assert gold is not None
+        yield Answer(
+            index=int(row[INDEX]),
+            question_number=int(row[QUESTION]),
+            question=gold.question,
+            gold=gold.answer,
+            prediction=prediction,
+            kind=gold.kind,
+            correct=exact_match(prediction, gold.answer),
+        )
 
 
 def write_answers(path: Path, answers: list[Answer]) -> None:

@@ -1,18 +1,21 @@
 """Trainings and evaluations that are done once: what is finished is read back, not repeated."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
-from focus_jax.compress.method import Dims, Method
-from focus_jax.compress.plan import plan
-from focus_jax.compress.vision_guided import VisionGuided
+import jax
+
+from focus_jax.evaluate.operations import step_flops, target_flops
 from focus_jax.evaluate.runner import InitSamplers, Progress, Result, Trained, evaluate
-from focus_jax.experiment import Experiment, TrainStage
-from focus_jax.models.vlm import dims_of, sizes_of
-from focus_jax.training import Run, learns
+from focus_jax.experiment import Experiment
+from focus_jax.training import Run
 from focus_jax.workdir import write_text
 
+__all__ = [
+    "evaluate_once", "fingerprint", "logged_seconds", "step_flops", "target_flops", "train_once",
+    "write_json",
+]  # fmt: skip
 REPORTED = {field.name for field in fields(Result)}
 
 
@@ -46,7 +49,7 @@ def evaluate_once(
 ) -> Result:
     """The result at `path` when it is this evaluation's; otherwise evaluate and write it there.
 
-    The answers lie beside it as JSON lines.
+    The answers lie beside it as JSON lines. Of several processes the first one writes.
     """
     asked = {
         "step": run.step, "method": method or run.method(None).name, "split": split, "limit": limit,
@@ -56,12 +59,12 @@ def evaluate_once(
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["asked"] == asked and stored["result"].keys() == REPORTED:
             return Result(**stored["result"])
-    path.parent.mkdir(parents=True, exist_ok=True)
     result = evaluate(
         run, method, split, limit=limit, out=path.with_suffix(".jsonl"),
         init_samplers=init_samplers, progress=progress,
     )  # fmt: skip
-    write_json(path, {"asked": asked, "result": result.to_json()})
+    if jax.process_index() == 0:
+        write_json(path, {"asked": asked, "result": result.to_json()})
     return result
 
 
@@ -74,25 +77,3 @@ def write_json(path: Path, value: object) -> None:
     """A JSON file, written whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def step_flops(cfg: Experiment, stage: TrainStage, method: Method) -> float:
-    """Operations of one training step for one image with its questions, by the plan.
-
-    Backward counts twice forward, where something learns: a frozen tower is run forward only.
-    """
-    dims = dims_of(cfg.model, 1)
-    cost = plan(
-        method, dims, sizes_of(cfg.model), cfg.data.text_length, train=True,
-        prefix_tokens=cfg.data.prefix_length, questions=stage.questions,
-    ).flops  # fmt: skip
-    tower = cost.tower * (3 if learns("vision.", stage) else 1)
-    return tower + 3 * (cost.total - cost.tower) + target_flops(method, dims)
-
-
-def target_flops(method: Method, dims: Dims) -> float:
-    """The router's target, made in training alone: every scale projected, without a gradient."""
-    vision = method.vision
-    if not isinstance(vision, VisionGuided) or vision.gate != "distortion":
-        return 0.0
-    return replace(vision, gate="measured").flops(dims)

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from focus_jax.config import DecoderConfig, ModelConfig
 from focus_jax.models.attention import (
     NEG_INF,
+    RESIDUALS,
     Rows,
     attention,
     is_maskless,
@@ -22,6 +24,7 @@ from focus_jax.models.attention import (
     softmax,
     visible,
 )
+from focus_jax.sharding import Layout, in_use, pinned
 
 
 class KeyValue(NamedTuple):
@@ -95,7 +98,7 @@ def orthogonalised(kernel: Float[Array, "D W"]) -> Float[Array, "D W"]:
 class DecoderLayer(nnx.Module):
     """Pre-norm block: rotary grouped-query attention, then SwiGLU."""
 
-    def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs, layout: Layout | None = None):
         cfg = model.decoder
         kw = dtypes(model)
 
@@ -107,7 +110,7 @@ class DecoderLayer(nnx.Module):
         def norm() -> nnx.RMSNorm:
             return nnx.RMSNorm(cfg.width, epsilon=cfg.norm_eps, **kw, rngs=rngs)
 
-        self.head_dim, self.impl = cfg.head_dim, model.attention
+        self.head_dim, self.impl, self.layout = cfg.head_dim, model.attention, layout
         self.norm_1, self.norm_2 = norm(), norm()
         self.q = linear(cfg.width, cfg.heads * cfg.head_dim)
         self.k = linear(cfg.width, cfg.kv_heads * cfg.head_dim)
@@ -128,39 +131,51 @@ class DecoderLayer(nnx.Module):
         self.out.kernel[...] = self.v.kernel[...].T
         self.down.kernel[...] = jnp.zeros_like(self.down.kernel[...])
 
-    def heads(self, x: Float[Array, "B S W"]) -> Float[Array, "B S H K"]:
-        return x.reshape(*x.shape[:2], x.shape[2] // self.head_dim, self.head_dim)
+    def heads(self, x: Float[Array, "B S W"], axis: str = "heads") -> Float[Array, "B S H K"]:
+        """Heads apart; `axis` tells queries (`heads`) from keys and values (`kv_heads`)."""
+        apart = x.reshape(*x.shape[:2], x.shape[2] // self.head_dim, self.head_dim)
+        return pinned(self.layout, apart, "batch", None, axis)
+
+    def normed(self, norm: nnx.RMSNorm, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Rows as a block reads them: whole, so that its products need no more of them."""
+        return pinned(self.layout, norm(x), "batch")
 
     def qkv(self, x: Float[Array, "B S D"], by: Rotary) -> tuple[Array, Array, Array]:
         """Rotated queries and keys, and values."""
-        y = self.norm_1(x)
-        q, k = rotate(self.heads(self.q(y)), by), rotate(self.heads(self.k(y)), by)
-        return q, k, self.heads(self.v(y))
+        y = self.normed(self.norm_1, x)
+        q, k = self.heads(self.q(y)), self.heads(self.k(y), "kv_heads")
+        return rotate(q, by), rotate(k, by), self.heads(self.v(y), "kv_heads")
 
     def finish(self, x: Float[Array, "B S D"], mixed: Float[Array, "B S H K"]) -> Array:
         """Residual of attention, then the feed-forward half."""
-        x = x + self.out(mixed.reshape(*x.shape[:2], -1))
-        y = self.norm_2(x)
-        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+        x = x + pinned(self.layout, self.out(mixed.reshape(*x.shape[:2], -1)), "batch")
+        y = self.normed(self.norm_2, x)
+        gate, up = (
+            checkpoint_name(pinned(self.layout, linear(y), "batch", None, "mlp"), "mlp")
+            for linear in (self.gate, self.up)
+        )
+        return x + pinned(self.layout, self.down(jax.nn.silu(gate) * up), "batch")
 
     def __call__(
         self, x: Float[Array, "B S D"], by: Rotary, rows: Rows, mask: Array | None
     ) -> tuple[Array, tuple[Array, Array, Array]]:
         q, k, v = self.qkv(x, by)
-        return self.finish(x, attention(q, k, v, rows, mask, self.impl)), (q, k, v)
+        mixed = attention(q, k, v, rows, mask, self.impl, self.layout)
+        return self.finish(x, mixed), (q, k, v)
 
     def last(
         self, x: Float[Array, "B S D"], by: Rotary, rows: Rows
     ) -> tuple[Float[Array, "B 1 D"], KeyValue]:
         """Keys and values of all rows, everything else for the last valid row alone."""
-        y = self.norm_1(x)
-        k, v = rotate(self.heads(self.k(y)), by), self.heads(self.v(y))
+        y = self.normed(self.norm_1, x)
+        k, v = (self.heads(linear(y), "kv_heads") for linear in (self.k, self.v))
+        k = rotate(k, by)
         at = rows.length - 1
         pick = lambda a: jnp.take_along_axis(a, at.reshape(-1, 1, 1), axis=1)  # noqa: E731
         q = rotate(self.heads(self.q(pick(y))), Rotary(*(pick(a) for a in by)))
         mask = jnp.arange(x.shape[1]) <= at[:, None, None]
-        cache = as_cache(k, v)
-        return self.finish(pick(x), attend_cache(q, cache, mask)), cache
+        cache = as_cache(k, v, self.layout)
+        return self.finish(pick(x), attend_cache(q, cache, mask, self.layout)), cache
 
     def step(
         self,
@@ -175,22 +190,60 @@ class DecoderLayer(nnx.Module):
         `absent`: cached rows that a key head does not have.
         """
         q, k, v = self.qkv(x, by)
-        new = as_cache(k, v)
-        cache = KeyValue(*(write(a, rows, length) for a, rows in zip(cache, new, strict=True)))
+        cache = write(cache, k, v, length, self.layout)
         last = length[:, None] + jnp.arange(x.shape[1])
         mask = jnp.arange(cache.k.shape[1]) <= last[..., None]
         if absent is not None:
             mask = mask[:, None] & ~absent[:, :, None]
-        return self.finish(x, attend_cache(q, cache, mask)), cache
+        return self.finish(x, attend_cache(q, cache, mask, self.layout)), cache
 
 
-def as_cache(k: Float[Array, "B S G K"], v: Float[Array, "B S G K"]) -> KeyValue:
+def by_device(layout: Layout | None, function: Any, *axes: tuple[str | None, ...] | None) -> Any:
+    """A function of arrays with these logical axes (None: a cache) that returns a cache or,
+    where the first one is a query's, something that lies as that does; on each device's own part.
+
+    The order in which a cache's samples and key heads share their axis is each device's own.
+    """
+    if layout is None:
+        return function
+    joined = layout.joined("batch", "kv_heads")
+    cache: Any = KeyValue(joined, joined)  # type: ignore[arg-type]  # where they lie
+    inputs = tuple(cache if a is None else layout.spec(*a) for a in axes)
+    return layout.local(function, inputs, inputs[0] if axes[0] == QUERIES else cache)
+
+
+QUERIES, KEYS = ("batch", None, "heads"), ("batch", None, "kv_heads")
+
+
+def as_cache(
+    k: Float[Array, "B S G K"], v: Float[Array, "B S G K"], layout: Layout | None = None
+) -> KeyValue:
     """Keys and values as caches hold them: rows of a head beside each other."""
-    b, s, g, d = k.shape
-    return KeyValue(*(a.swapaxes(1, 2).reshape(b * g, s, d) for a in (k, v)))
+
+    def merge(k: Array, v: Array) -> KeyValue:
+        b, s, g, d = k.shape
+        return KeyValue(*(a.swapaxes(1, 2).reshape(b * g, s, d) for a in (k, v)))
+
+    return by_device(layout, merge, KEYS, KEYS)(k, v)
 
 
 def write(
+    cache: KeyValue,
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
+    at: Int[Array, " B"],
+    layout: Layout | None = None,
+) -> KeyValue:
+    """Put new rows at each sample's own place."""
+
+    def put(cache: KeyValue, k: Array, v: Array, at: Array) -> KeyValue:
+        new = as_cache(k, v)
+        return KeyValue(*(write_rows(a, rows, at) for a, rows in zip(cache, new, strict=True)))
+
+    return by_device(layout, put, None, KEYS, KEYS, ("batch",))(cache, k, v, at)
+
+
+def write_rows(
     cache: Float[Array, "BG S K"], rows: Float[Array, "BG T K"], at: Int[Array, " B"]
 ) -> Float[Array, "BG S K"]:
     """Put rows at each sample's own place.
@@ -212,8 +265,19 @@ def attend_cache(
     q: Float[Array, "B T H K"],
     cache: KeyValue,
     mask: Bool[Array, "B T S"] | Bool[Array, "B G T S"],
+    layout: Layout | None = None,
 ) -> Float[Array, "B T H K"]:
     """Attention of a few rows to a cache; the queries of a group share one product."""
+    axes = ("batch",) if mask.ndim == 3 else ("batch", "kv_heads")
+    return by_device(layout, attend_own, QUERIES, None, axes)(q, cache, mask)
+
+
+def attend_own(
+    q: Float[Array, "B T H K"],
+    cache: KeyValue,
+    mask: Bool[Array, "B T S"] | Bool[Array, "B G T S"],
+) -> Float[Array, "B T H K"]:
+    """`attend_cache` where everything is at hand."""
     b, t, h, d = q.shape
     groups, size = cache.k.shape[0] // b, cache.k.shape[1]
     q = (q * d**-0.5).reshape(b, t, groups, -1, d).transpose(0, 2, 3, 1, 4)
@@ -231,9 +295,14 @@ WRITES = 16
 # Standard deviations of fresh weights: embeddings, and what each block adds to the residual.
 EMBEDDING, INTO_RESIDUAL = 0.1, 0.088
 
+# What a layer's backward pass finds saved; the fused attention's own residuals always are.
+POLICIES = jax.checkpoint_policies
 REMAT = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": POLICIES.save_only_these_names(RESIDUALS),
+    "mlp": POLICIES.save_only_these_names(RESIDUALS, "mlp"),
+    "dots": POLICIES.save_from_both_policies(
+        POLICIES.dots_with_no_batch_dims_saveable, POLICIES.save_only_these_names(RESIDUALS)
+    ),
 }
 
 
@@ -245,9 +314,17 @@ class Decoder(nnx.Module):
     () for one stage.
     """
 
-    def __init__(self, model: ModelConfig, bounds: tuple[int, ...], *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        model: ModelConfig,
+        bounds: tuple[int, ...],
+        *,
+        rngs: nnx.Rngs,
+        layout: Layout | None = None,
+    ):
         cfg = model.decoder
         kw = dtypes(model)
+        self.layout = layout
         self.cfg, self.remat, self.unroll = cfg, model.remat, model.unroll
         self.impl = model.attention
         init = nnx.initializers.normal(EMBEDDING)
@@ -255,7 +332,7 @@ class Decoder(nnx.Module):
         keys = jax.random.split(rngs.params(), cfg.layers)
 
         def make(key: Array) -> DecoderLayer:
-            return DecoderLayer(model, rngs=nnx.Rngs(key))
+            return DecoderLayer(model, rngs=nnx.Rngs(key), layout=layout)
 
         def stage(a: int, b: int) -> DecoderLayer | nnx.List:
             if model.stacked:
@@ -274,8 +351,17 @@ class Decoder(nnx.Module):
         """The first layer of a stage: where a cut reads queries and keys."""
         layers = self.stages[stage]
         if isinstance(layers, nnx.List):
-            return layers[0]
-        return jax.tree.map(lambda a: a[0], layers)
+            return self.use(layers[0])
+        return self.use(jax.tree.map(lambda a: a[0], layers))
+
+    def use(self, layer: DecoderLayer) -> DecoderLayer:
+        """A layer as it computes: its parameters gathered."""
+        return in_use(self.layout, layer, "decoder.layers.")
+
+    def embedded(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+        """Rows of the embedding table."""
+        table = in_use(self.layout, self.embed, "decoder.embed.")
+        return pinned(self.layout, table(tokens), "batch")
 
     def run(
         self,
@@ -296,9 +382,9 @@ class Decoder(nnx.Module):
         mask = None if maskless else visible(rows, x.shape[1])
 
         def body(h: Array, layer: DecoderLayer, _):
-            h, (q, k, v) = layer(h, by, rows, mask)
+            h, (q, k, v) = self.use(layer)(h, by, rows, mask)
             seen = observe(q, k, mask) if observe is not None else None
-            return h, (as_cache(k, v) if keep else None, seen)
+            return h, (as_cache(k, v, self.layout) if keep else None, seen)
 
         x, kept = self.walk(stage, body, x)
         if isinstance(self.stages[stage], nnx.List):
@@ -337,11 +423,11 @@ class Decoder(nnx.Module):
         mask = None if is_maskless(rows, self.impl) else visible(rows, x.shape[1])
 
         def body(h: Array, layer: DecoderLayer):
-            h, (_, k, v) = layer(h, by, rows, mask)
-            return h, as_cache(k, v)
+            h, (_, k, v) = self.use(layer)(h, by, rows, mask)
+            return h, as_cache(k, v, self.layout)
 
         x, caches = through(body, x, layers[:-1])
-        last, cache = layers[-1].last(x, by, rows)
+        last, cache = self.use(layers[-1]).last(x, by, rows)
         return last[:, 0], (*caches, cache)
 
     def step(
@@ -362,7 +448,7 @@ class Decoder(nnx.Module):
         def body(h: Array, layer_cache):
             layer, kv, lacks = layer_cache
             hidden = None if absent is None else absent[0][:, None] & lacks[:, None]
-            return layer.step(h, by, kv, length, hidden)
+            return self.use(layer).step(h, by, kv, length, hidden)
 
         layers = self.stages[stage]
         lacking = None if absent is None else absent[1]
@@ -375,8 +461,13 @@ class Decoder(nnx.Module):
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
         """Final norm and vocabulary scores in fp32."""
         x = self.norm(x)
-        head = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
-        return jnp.dot(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.dot(x, self.head_kernel().astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def head_kernel(self) -> Float[Array, "D W"]:
+        """The vocabulary's kernel, gathered."""
+        if self.head is None:
+            return in_use(self.layout, self.embed, "decoder.embed.").embedding[...].T
+        return in_use(self.layout, self.head, "decoder.head.").kernel[...]
 
 
 def through(body, x: Any, layers) -> tuple[Any, list]:

@@ -7,23 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from focus_jax.compress.method import Method
 from focus_jax.config import ModelConfig
 from focus_jax.models.decoder import spans
 from focus_jax.models.vlm import VLM
+from focus_jax.sharding import Layout, name_of
 
 STAGE = re.compile(r"^decoder\.stages\.(\d+)\.(?:(\d+)\.)?(.*)$")
 LAYERS = "decoder.layers."
 
 # A parameter of the decoder's layers: stacked [L, ...], or a list with an array for each.
 Leaf = Any
-
-
-def name_of(path: tuple) -> str:
-    """`decoder.stages.0.q.kernel` from a pytree path."""
-    parts = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path]
-    return ".".join(part for part in parts if part != "value")
 
 
 def named_leaves(model: Any) -> dict[str, Any]:
@@ -91,14 +87,35 @@ def staged(
     return out
 
 
-def abstract(cfg: ModelConfig, method: Method) -> VLM:
+def abstract(cfg: ModelConfig, method: Method, layout: Layout | None = None) -> VLM:
     """The model's structure with shapes instead of values; allocates nothing."""
-    return nnx.eval_shape(lambda: VLM(cfg, method, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: VLM(cfg, method, rngs=nnx.Rngs(0), layout=layout))
 
 
-def initialise(cfg: ModelConfig, method: Method, seed: int) -> VLM:
-    """A model with fresh parameters, made in one compiled program."""
-    return jax.jit(lambda: VLM(cfg, method, rngs=nnx.Rngs(seed)))()
+def initialise(cfg: ModelConfig, method: Method, seed: int, layout: Layout | None = None) -> VLM:
+    """A model with fresh parameters, made in one compiled program, each where it is kept."""
+    make = lambda: VLM(cfg, method, rngs=nnx.Rngs(seed), layout=layout)  # noqa: E731
+    if layout is None:
+        return jax.jit(make)()
+    shape = abstract(cfg, method, layout)
+    shardings = stored(named_leaves(shape), layout)
+    return with_leaves(shape, jax.jit(lambda: named_leaves(make()), out_shardings=shardings)())
+
+
+def canonical_name(name: str) -> str:
+    """`decoder.layers.q.kernel` for `decoder.stages.1.q.kernel`."""
+    match = STAGE.match(name)
+    return LAYERS + match[3] if match else name
+
+
+def stored(leaves: Mapping[str, Any], layout: Layout) -> dict[str, NamedSharding]:
+    """Where each array of named leaves is kept; also gradients and shapes."""
+    return {k: layout.stored(canonical_name(k), leaf.shape) for k, leaf in leaves.items()}
+
+
+def place(leaves: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """Named leaves where they are kept."""
+    return jax.device_put(dict(leaves), stored(leaves, layout))
 
 
 def is_sampler(name: str) -> bool:
@@ -111,13 +128,14 @@ def with_method(
     tree: Mapping[str, Leaf],
     method: Method,
     init: Callable[[], Any] | None = None,
+    layout: Layout | None = None,
 ) -> VLM:
     """A model for `method` from a canonical tree made by any method.
 
     Samplers that the method does not have are left out. A learned method whose weights the tree
     lacks is an error, unless `init` makes a model, or {"samplers": ...}, to take them from.
     """
-    shape = abstract(cfg, method)
+    shape = abstract(cfg, method, layout)
     base = {k: v for k, v in tree.items() if not is_sampler(k)}
     leaves = staged(base, method.bounds, cfg.stacked)
     wanted = named_leaves(shape)
@@ -134,7 +152,7 @@ def with_method(
         samplers |= {k: fresh[k] for k in lacking}
     leaves |= samplers
     check_same(wanted, leaves)
-    return with_leaves(shape, leaves)
+    return with_leaves(shape, leaves if layout is None else place(leaves, layout))
 
 
 def fits(leaf: Any, wanted: Any) -> bool:

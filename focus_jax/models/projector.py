@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from focus_jax.sharding import Layout, in_use, pinned
+
 
 class Projector(nnx.Module):
     """LLaVA's connector: one linear map, or two with an exact GELU between them."""
@@ -20,7 +22,10 @@ class Projector(nnx.Module):
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
+        layout: Layout | None = None,
     ):
+        self.layout = layout
+
         def linear(a: int, b: int) -> nnx.Linear:
             return nnx.Linear(a, b, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
@@ -29,7 +34,8 @@ class Projector(nnx.Module):
 
     def __call__(self, features: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
         """Project features; the leading axes are free."""
-        hidden = self.linear_1(features)
-        if self.linear_2 is None:
-            return hidden
-        return self.linear_2(jax.nn.gelu(hidden, approximate=False))
+        own = in_use(self.layout, self, "projector.")
+        hidden = own.linear_1(features)
+        if own.linear_2 is not None:
+            hidden = own.linear_2(jax.nn.gelu(hidden, approximate=False))
+        return pinned(self.layout, hidden, "batch")

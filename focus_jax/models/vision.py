@@ -1,5 +1,6 @@
 """CLIP-style vision transformer that hands out what compression methods ask for, by name."""
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -10,8 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from focus_jax.config import ModelConfig, VisionConfig
-from focus_jax.models.attention import attend, softmax
+from focus_jax.models.attention import Implementation, Rows, attend, attention, softmax
 from focus_jax.models.blocked_attention import by_heads
+from focus_jax.sharding import Layout, in_use, pinned
 
 
 def quick_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
@@ -29,10 +31,11 @@ class VisionLayer(nnx.Module):
         self,
         cfg: VisionConfig,
         *,
-        attend_by_heads: bool,
+        impl: Implementation,
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
+        layout: Layout | None = None,
     ):
         def linear(a: int, b: int) -> nnx.Linear:
             return nnx.Linear(a, b, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -42,22 +45,38 @@ class VisionLayer(nnx.Module):
                 cfg.width, epsilon=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs
             )
 
-        self.heads, self.attend_by_heads = cfg.heads, attend_by_heads
-        self.activation = cfg.activation
+        self.heads, self.impl = cfg.heads, impl
+        self.activation, self.layout = cfg.activation, layout
         self.norm_1, self.norm_2 = norm(), norm()
         self.q, self.k, self.v = (linear(cfg.width, cfg.width) for _ in range(3))
         self.out = linear(cfg.width, cfg.width)
         self.up, self.down = linear(cfg.width, cfg.mlp_width), linear(cfg.mlp_width, cfg.width)
 
     def split(self, x: Float[Array, "B S C"]) -> Float[Array, "B S H K"]:
-        return x.reshape(*x.shape[:2], self.heads, -1)
+        """Heads apart."""
+        return pinned(self.layout, x.reshape(*x.shape[:2], self.heads, -1), "batch", None, "heads")
+
+    def normed(self, norm: nnx.LayerNorm, x: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
+        """Rows as a block reads them: whole."""
+        return pinned(self.layout, norm(x), "batch")
+
+    def attend(self, q: Array, k: Array, v: Array) -> Float[Array, "B S H K"]:
+        """Every row sees all rows, on each device's own heads."""
+        if self.impl == "splash":
+            rows = Rows(jnp.full(len(q), q.shape[1]), causal=False)
+            return attention(q, k, v, rows, None, self.impl, self.layout)
+        kernel = by_heads if self.impl == "blocked" else partial(attend, mask=None)
+        if self.layout is None:
+            return kernel(q, k, v)
+        spec = self.layout.spec("batch", None, "heads")
+        return self.layout.local(kernel, (spec,) * 3, spec)(q, k, v)
 
     def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
-        y = self.norm_1(x)
-        q, k, v = (self.split(linear(y)) for linear in (self.q, self.k, self.v))
-        mixed = by_heads(q, k, v) if self.attend_by_heads else attend(q, k, v, None)
-        x = x + self.out(mixed.reshape(x.shape))
-        return x + self.down(ACTIVATIONS[self.activation](self.up(self.norm_2(x))))
+        y = self.normed(self.norm_1, x)
+        mixed = self.attend(*(self.split(linear(y)) for linear in (self.q, self.k, self.v)))
+        x = x + pinned(self.layout, self.out(mixed.reshape(x.shape)), "batch")
+        up = pinned(self.layout, self.up(self.normed(self.norm_2, x)), "batch", None, "mlp")
+        return x + pinned(self.layout, self.down(ACTIVATIONS[self.activation](up)), "batch")
 
 
 class ConvStem(nnx.Module):
@@ -103,10 +122,11 @@ class VisionTower(nnx.Module):
     patches. Layers count from 0; negative from the end.
     """
 
-    def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs, layout: Layout | None = None):
         cfg = model.vision
+        self.layout = layout
         self.cfg, self.dtype = cfg, jnp.dtype(model.compute_dtype)
-        self.unroll = model.unroll
+        self.unroll, self.remat = model.unroll, model.remat != "none"
         kw: dict[str, Any] = {"dtype": self.dtype, "param_dtype": jnp.dtype(model.param_dtype)}
 
         def normal(*shape: int) -> nnx.Param:
@@ -134,7 +154,7 @@ class VisionTower(nnx.Module):
             waves = jnp.asarray(0.5 * sincos_2d(cfg.grid, cfg.width), kw["param_dtype"])
             self.position[...] = self.position[...].at[self.lead :].set(waves)
         self.pre_norm = nnx.LayerNorm(cfg.width, epsilon=cfg.norm_eps, **kw, rngs=rngs)
-        kw_layer = kw | {"attend_by_heads": model.attention == "blocked"}
+        kw_layer = kw | {"impl": model.attention, "layout": layout}
         self.layers = jax.vmap(lambda key: VisionLayer(cfg, **kw_layer, rngs=nnx.Rngs(key)))(
             jax.random.split(rngs.params(), cfg.layers)
         )
@@ -160,16 +180,21 @@ class VisionTower(nnx.Module):
         if self.class_token is not None:
             token = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (b, 1, c))
             x = jnp.concatenate([token, x], axis=1)
-        return self.pre_norm(x + position)
+        return pinned(self.layout, self.pre_norm(x + position), "batch")
 
     def run(self, x: Float[Array, "B M C"], first: int, last: int) -> Float[Array, "B M C"]:
         """Layers first..last-1."""
         if first == last:
             return x
         layers = jax.tree.map(lambda a: a[first:last], self.layers)
-        return jax.lax.scan(
-            lambda h, layer: (layer(h), None), x, layers, unroll=last - first if self.unroll else 1
-        )[0]
+        body = lambda h, layer: (self.use(layer)(h), None)  # noqa: E731
+        if self.remat:
+            body = jax.checkpoint(body, prevent_cse=False)
+        return jax.lax.scan(body, x, layers, unroll=last - first if self.unroll else 1)[0]
+
+    def use(self, layer: VisionLayer) -> VisionLayer:
+        """A layer as it computes: its parameters gathered."""
+        return in_use(self.layout, layer, "vision.layers.")
 
     def __call__(
         self, pixels: UInt8[Array, "B S S 3"], requests: tuple[str, ...] = ()
@@ -194,7 +219,7 @@ class VisionTower(nnx.Module):
             raise ValueError(f"{name}@{layer}: this tower has no class token")
         if name == "hidden":
             return x
-        block = jax.tree.map(lambda a: a[layer], self.layers)
+        block = self.use(jax.tree.map(lambda a: a[layer], self.layers))
         y = block.norm_1(x)
         if name == "keys":
             return block.k(y)

@@ -175,7 +175,8 @@ class Efficient(NamedTuple):
                 near = jnp.pad(near, [(0, 0), (0, 0), (0, groups - near.shape[2]), (0, 0)])
                 near = near[:, :, jnp.asarray(part.slot)]
             out.append(pick(jnp.concatenate([mine, near], axis=1), self.split.back))
-        return as_cache(*out)
+        keys, values = out
+        return as_cache(keys, values)
 
 
 def by_group(q: Float[Array, "B S H K"], groups: int) -> Float[Array, "G B R S K"]:

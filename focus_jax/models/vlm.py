@@ -45,6 +45,7 @@ from focus_jax.models.streams import (
     unpack,
 )
 from focus_jax.models.vision import VisionTower
+from focus_jax.sharding import Layout, pinned
 
 
 class Inputs(NamedTuple):
@@ -144,14 +145,17 @@ def sizes_of(cfg: ModelConfig) -> Sizes:
 class VLM(nnx.Module):
     """Tower, projector, decoder in stages, and the learned parts of the method (`samplers`)."""
 
-    def __init__(self, cfg: ModelConfig, method: Method, *, rngs: nnx.Rngs):
+    def __init__(
+        self, cfg: ModelConfig, method: Method, *, rngs: nnx.Rngs, layout: Layout | None = None
+    ):
         dims = dims_of(cfg, cfg.max_tiles)
         method.check(dims)
-        self.cfg, self.method = cfg, method
-        self.vision = VisionTower(cfg, rngs=rngs)
+        self.cfg, self.method, self.layout = cfg, method, layout
+        self.vision = VisionTower(cfg, rngs=rngs, layout=layout)
         self.projector = Projector(
             cfg.projector, cfg.vision.width, cfg.decoder.width,
             dtype=jnp.dtype(cfg.compute_dtype), param_dtype=jnp.dtype(cfg.param_dtype), rngs=rngs,
+            layout=layout,
         )  # fmt: skip
         self.image_newline = (
             nnx.Param(
@@ -162,7 +166,7 @@ class VLM(nnx.Module):
             if cfg.image_newline
             else None
         )
-        self.decoder = Decoder(cfg, method.bounds, rngs=rngs)
+        self.decoder = Decoder(cfg, method.bounds, rngs=rngs, layout=layout)
         sampler = method.vision.init(dims, rngs)
         self.samplers = nnx.Dict({} if sampler is None else {"vision": sampler})
 
@@ -188,6 +192,7 @@ class VLM(nnx.Module):
         images = tokens.valid.shape[0] // b
         number = jnp.arange(tokens.valid.shape[0], dtype=jnp.int32) % images
         view = joined_view(number[:, None], tokens.view)
+        features = pinned(self.layout, features, "batch", "vision")
         tokens = tokens._replace(features=features, view=view)
         return jax.tree.map(lambda a: a.reshape(b, -1, *a.shape[2:]), tokens), aux
 
@@ -227,7 +232,7 @@ class VLM(nnx.Module):
         instruction = inputs.instruction & inputs.token_valid
         streams = renumber(
             Streams(
-                prefix=self.decoder.embed(inputs.prefix),
+                prefix=self.decoder.embedded(inputs.prefix),
                 prefix_valid=inputs.prefix_valid,
                 prefix_position=zeros(inputs.prefix.shape),
                 visual=visual.features,
@@ -238,7 +243,7 @@ class VLM(nnx.Module):
                 centre=visual.centre,
                 view=visual.view,
                 newline=visual.newline,
-                token=self.decoder.embed(inputs.tokens),
+                token=self.decoder.embedded(inputs.tokens),
                 token_valid=inputs.token_valid,
                 token_position=zeros(inputs.tokens.shape),
                 instruction=instruction,
@@ -270,7 +275,9 @@ class VLM(nnx.Module):
         b, q, t, d = s.token.shape
 
         def project(hidden: Array, position: Array, linear: Any) -> Array:
-            return rotate(layer.heads(linear(layer.norm_1(hidden))), rotary(cfg, position))
+            axis = "heads" if linear is layer.q else "kv_heads"
+            rows = layer.heads(linear(layer.normed(layer.norm_1, hidden)), axis)
+            return rotate(rows, rotary(cfg, position))
 
         token, at = s.token.reshape(b, q * t, d), s.token_position.reshape(b, q * t)
         by_question = lambda a: a.reshape(b, q, t, *a.shape[2:])  # noqa: E731

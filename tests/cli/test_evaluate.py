@@ -32,9 +32,12 @@ def test_table_json_and_answers(micro, tmp_path, capsys):
         (["--method", "ful"], "unknown method 'ful': did you mean full?"),
         (["--method", "random:keep=0"], "keep=0.0 is a share"),
         (["--method", "text_only:text.layer=2"], "layer 2 is outside the decoder's 2 layers"),
+        (["--mesh", "fsdp=2"], "mesh 'fsdp=2' has 2 = 2 places, there are 1 devices"),
+        (["--mesh", "rows"], "mesh 'rows': 'rows' is no axis"),
+        (["--processes", "2"], "--processes without --coordinator and --process-id"),
     ],
 )
-def test_methods_that_do_not_fit(micro, flags, said, capsys):
+def test_flags_that_do_not_fit(micro, flags, said, capsys):
     assert main(["--checkpoint", str(micro.workdir), *flags]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error

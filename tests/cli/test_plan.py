@@ -52,7 +52,7 @@ def test_what_does_not_fit(micro, tmp_path, capsys):
     [
         (["--preset", "tiny", "--methud", "full"], "--methud: did you mean --method"),
         (["--config", "PROGRAM", "--compress.txt.layer", "1"], "--compress.text.layer"),
-        ([], "one of the arguments --preset --config is required"),
+        ([], "--preset --config --markdown is required"),
     ],
 )
 def test_wrong_flags_exit_with_2(micro, flags, said, capsys):

@@ -1,22 +1,33 @@
-"""Batches: static shapes, order, shards, exact resume, damaged images."""
+"""Batches: static shapes, order, shares of processes, exact resume, damaged images."""
 
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from focus_jax.data.conversation import BRIEF, VICUNA_V1
 from focus_jax.data.glyphs import KINDS, GlyphsConfig, cell_words, vocabulary
-from focus_jax.data.images import decode
+from focus_jax.data.images import decode, encode_png
 from focus_jax.data.loader import LoaderConfig, make_loader
+from focus_jax.data.rows import BadImages, TrainRows
 from focus_jax.data.sources import FreshSource
 from focus_jax.data.tokenizer import build_tokenizer
 
 GLYPHS = GlyphsConfig(grid=4, groups=2, questions=5)
 CONFIG = LoaderConfig(batch=4, questions=3, image_size=32, text_length=20, epochs=1)
 SIZE = 22
+# Rows of a batch of 4 that each process makes.
+SHARES = {
+    1: [None],
+    2: [(0, 1), (2, 3)],
+    3: [(0,), (1, 2), (3,)],
+    4: [(i,) for i in range(4)],
+}
 
 
 class Records:
@@ -63,6 +74,18 @@ def assert_equal(one, other):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
+def together(loaders):
+    """The batches of several processes, their rows put behind one another."""
+    for parts in zip(*loaders, strict=True):
+        yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def ids(batches):
+    """Numbers of the images, padding left out."""
+    index = np.concatenate([batch["index"] for batch in batches])
+    return index[index >= 0].tolist()
+
+
 def read(tokenizer, ids, mask):
     return " ".join(tokenizer.convert_ids_to_tokens(ids[mask].tolist()))
 
@@ -75,11 +98,12 @@ def spaced(text):
 def test_training_batches_hold_their_records(load, records, tokenizer):
     loader = load()
     batches = list(loader)
-    assert len(batches) == loader.steps_per_epoch == SIZE // 4
+    assert len(batches) == loader.steps_per_epoch == 6
     for batch in batches:
-        assert batch["row_valid"].all() and batch["patch_valid"].all()
+        assert batch["row_valid"].any() and batch["patch_valid"].all()
         gold = loader.gold(batch)
-        for b, index in enumerate(batch["index"].tolist()):
+        for b in np.flatnonzero(batch["row_valid"].all(axis=1)).tolist():
+            index = int(batch["index"][b])
             record = records[index]
             np.testing.assert_array_equal(batch["pixels"][b, 0], decode(record["image"]))
             np.testing.assert_array_equal(batch["glyph"][b], record["glyph"])
@@ -171,13 +195,26 @@ def test_flat_evaluation_has_a_question_per_row(load):
 
 def test_order_follows_the_seed_and_changes_with_the_epoch(load):
     def order(**changes):
-        return np.concatenate([batch["index"] for batch in load(**changes)]).tolist()
+        return ids(load(**changes))
 
     two = order(epochs=2)
-    assert two == order(epochs=2) and two[:20] == order()
-    assert two[:20] != two[20:]
+    assert two == order(epochs=2) and two[:SIZE] == order()
+    assert two[:SIZE] != two[SIZE:]
+    assert sorted(two[:SIZE]) == sorted(two[SIZE:]) == list(range(SIZE))
     assert order(seed=1) != order()
-    assert order(shuffle=False) == list(range(20))
+    assert order(shuffle=False) == list(range(SIZE))
+
+
+def test_training_leaves_nothing_out_at_the_end_of_an_epoch(load):
+    batches = list(load(epochs=3))
+    assert len(batches) == 17  # 66 images
+    # The sixth batch holds the last two images of one epoch and the first two of the next.
+    assert all(batch["row_valid"].all() for batch in batches[:16])
+    last = batches[16]
+    assert last["index"][2:].tolist() == [-1, -1] and (last["question"][2:] == -1).all()
+    assert last["row_valid"].tolist() == [[True] * 3] * 2 + [[False] * 3] * 2
+    assert not last["label_mask"][2:].any() and last["token_valid"].any(axis=-1).all()
+    assert Counter(ids(batches)) == dict.fromkeys(range(SIZE), 3)
 
 
 def test_questions_differ_between_epochs_and_cover_all(load):
@@ -195,23 +232,71 @@ def test_threads_do_not_change_the_batches(load, threads):
         assert_equal(one, other)
 
 
-@pytest.mark.parametrize(("train", "flat"), [(True, False), (False, False), (False, True)])
-def test_shards_cover_the_data_without_overlap(load, train, flat):
-    places, lengths = [], []
-    for process in range(3):
-        batches = list(load(train, flat=flat, process_index=process, process_count=3))
-        lengths.append(len(batches))
-        for batch in batches:
-            valid = batch["row_valid"]
-            index = np.broadcast_to(batch["index"][:, None], valid.shape)
-            places += zip(index[valid].tolist(), batch["question"][valid].tolist(), strict=True)
-    assert len(set(lengths)) == 1
-    assert len(set(places)) == len(places)
-    if train:
-        # 22 images over 3 processes: 7 each, of which one batch of 4 is full.
-        assert len(places) == 3 * 4 * 3
-    else:
-        assert len(places) == SIZE * 5
+@pytest.mark.parametrize(
+    ("train", "flat", "processes"),
+    [(True, False, 2), (True, False, 3), (True, False, 4), (False, False, 2), (False, True, 3)],
+)
+def test_processes_together_make_the_batches_of_one(load, train, flat, processes):
+    whole = load(train, flat=flat)
+    shares = [load(train, flat=flat, rows=rows) for rows in SHARES[processes]]
+    assert {share.steps_per_epoch for share in shares} == {whole.steps_per_epoch}
+    for one, other in zip(together(shares), whole, strict=True):
+        assert_equal(one, other)
+    for share, rows in zip(shares, SHARES[processes], strict=True):
+        held = range(4) if rows is None else rows
+        assert {len(array) for array in next(iter(share)).values()} == {len(held)}
+
+
+def test_rows_of_a_process_need_not_be_neighbours(load):
+    whole, share = next(iter(load())), next(iter(load(rows=(0, 3))))
+    for name, array in share.items():
+        np.testing.assert_array_equal(array, whole[name][[0, 3]])
+
+
+@pytest.mark.parametrize(("before", "after", "stop"), [(2, 1, 3), (2, 4, 5), (4, 1, 6), (1, 3, 9)])
+def test_a_position_serves_any_number_of_processes(load, before, after, stop):
+    whole = list(load(epochs=2))
+    iterators = [iter(load(epochs=2, rows=rows, threads=2)) for rows in SHARES[before]]
+    seen = [next(batches) for batches in [together(iterators)] for _ in range(stop)]
+    states = [json.dumps(iterator.get_state()) for iterator in iterators]
+    assert len(set(states)) == 1
+    resumed = [iter(load(epochs=2, rows=rows, threads=0)) for rows in SHARES[after]]
+    for iterator in resumed:
+        iterator.set_state(json.loads(states[0]))
+    rest = list(together(resumed))
+    assert len(rest) == len(whole) - stop
+    for one, other in zip(rest, whole[stop:], strict=True):
+        assert_equal(one, other)
+    numbers = ids(seen) + ids(rest)
+    assert sorted(numbers[:SIZE]) == sorted(numbers[SIZE:]) == list(range(SIZE))
+
+
+PIXEL = {"image": encode_png(np.zeros((4, 4, 3), np.uint8)), "question": ("a", "b", "c")}
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_batches_follow_from_their_number_alone(data):
+    examples = data.draw(st.integers(1, 20))
+    batch = data.draw(st.integers(1, examples))
+    seed = data.draw(st.integers(0, 3))
+    edges = sorted({0, batch, *data.draw(st.sets(st.integers(0, batch)))})
+
+    def rows(part=None):
+        config = LoaderConfig(batch=batch, questions=2, seed=seed, rows=part)
+        return TrainRows(Records([PIXEL] * examples), config, BadImages(examples, 0.0))
+
+    def asked(*parts):
+        return [(row.index, *row.questions) for one in parts for row in one]
+
+    whole, shares = rows(), [rows(tuple(range(*part))) for part in pairwise(edges)]
+    count = 2 * -(-examples // batch)
+    batches = [asked(whole(number)) for number in range(count)]
+    for number in data.draw(st.permutations(range(count))):
+        assert asked(*(share(number) for share in shares)) == batches[number]
+    numbers = [row[0] for one in batches for row in one]
+    for first in range(0, len(numbers) - examples + 1, examples):
+        assert sorted(numbers[first : first + examples]) == list(range(examples))
 
 
 @pytest.mark.parametrize("stop", [0, 3, 5, 7])
@@ -243,14 +328,18 @@ def test_state_of_another_order_is_refused(load):
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         iter(load(seed=1)).set_state(state)
     # The same state serves every process of a run.
-    shards = [load(process_index=i, process_count=2) for i in range(2)]
-    iter(shards[1]).set_state(iter(shards[0]).get_state())
+    shares = [load(rows=rows) for rows in SHARES[2]]
+    iter(shares[1]).set_state(iter(shares[0]).get_state())
+    # A setting that is known no longer changed the order.
+    state["order"]["process_count"] = 2
+    with pytest.raises(ValueError, match="process_count was 2, is None"):
+        iter(load()).set_state(state)
 
 
 def test_training_replaces_corrupt_images(load, records):
     loader = load(source=damaged(records, 2, 9), max_bad_share=0.1, epochs=4)
     batches = list(loader)
-    assert len(batches) == 4 * 5
+    assert len(batches) == 4 * SIZE // 4
     index = np.concatenate([batch["index"] for batch in batches])
     assert not {2, 9} & set(index.tolist())
     assert all(batch["row_valid"].all() for batch in batches)
@@ -258,6 +347,17 @@ def test_training_replaces_corrupt_images(load, records):
     again = load(source=damaged(records, 2, 9), max_bad_share=0.1, epochs=4)
     for one, other in zip(batches, again, strict=True):
         assert_equal(one, other)
+
+
+def test_processes_put_the_same_images_in_place_of_corrupt_ones(load, records):
+    def make(rows=None):
+        return load(source=damaged(records, 2, 9), max_bad_share=0.1, epochs=2, rows=rows)
+
+    shares = [make(rows) for rows in SHARES[2]]
+    for one, other in zip(together(shares), make(), strict=True):
+        assert_equal(one, other)
+    found = [set(share.bad_images.indices) for share in shares]
+    assert found[0] | found[1] == {2, 9}
 
 
 def test_evaluation_marks_corrupt_images(load, records):
@@ -298,11 +398,12 @@ def test_cut_answers_teach_nothing(load):
     ("changes", "message"),
     [
         ({"batch": 23}, "batch=23 is larger than the 22"),
-        ({"batch": 8, "process_count": 3}, "larger than the 7"),
+        ({"rows": (2, 2)}, r"rows=\(2, 2\) of a batch of 4: give"),
+        ({"rows": (0, 5)}, r"rows=\(0, 5\) of a batch of 4: give"),
+        ({"rows": (-1, 4)}, r"rows=\(-1, 4\) of a batch of 4: give"),
         ({"source": Records([])}, "no examples"),
         ({"image_size": 64}, "do not match glyphs"),
         ({"batch": 0}, "batch=0"),
-        ({"process_index": 1}, "process_index=1"),
         ({"epochs": 0}, "epochs=0"),
         ({"max_bad_share": 2.0}, "max_bad_share=2.0"),
         ({"patch": 7}, "patch=7"),

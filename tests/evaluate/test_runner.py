@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from focus_jax.data.sources import FreshSource
+from focus_jax.evaluate import runner
 from focus_jax.evaluate.metrics import exact_match, wilson
-from focus_jax.evaluate.runner import Trained, evaluate, read_run
+from focus_jax.evaluate.runner import Trained, evaluate, everyones, read_run
+from focus_jax.sharding import AXES, Layout
 from focus_jax.workdir import data_source
 
 QUESTIONS = 4
@@ -88,6 +91,32 @@ def test_fresh_images_a_limit_and_another_method(run, tmp_path):
     assert (result.visual_slots_entering, result.visual_slots_mean) == (4, 4.0)
 
 
+def test_a_corrupt_image_is_left_out_and_counted(run, monkeypatch, tmp_path):
+    class Damaged:
+        """The second image of three cannot be read."""
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            record = data_source(run.config, "test")[index]
+            return {**record, "image": b"broken"} if index == 1 else record
+
+    monkeypatch.setattr(runner, "data_source", lambda *_: Damaged())
+    data = replace(run.config.data, max_bad_share=0.5)
+    forgiving = replace(run, config=replace(run.config, data=data))
+    path = tmp_path / "answers.jsonl"
+    result = evaluate(forgiving, "pool:size=2", "test", batch=4, out=path)
+    answers = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [a["index"] for a in answers] == [0] * 4 + [2] * 4
+    assert (result.n, result.images, result.unreadable) == (8, 3, 4)
+
+
+def test_rows_of_all_processes_stand_once_and_in_order():
+    rows = np.array([[4, 14], [5, 15], [0, 10], [1, 11], [4, 14], [5, 15], [2, 12], [3, 13]])
+    assert everyones(rows).tolist() == [[i, 10 + i] for i in range(6)]
+
+
 def test_a_learned_method_needs_weights_or_leave_for_random_ones(run):
     bare = replace(run, tree={k: v for k, v in run.tree.items() if not k.startswith("samplers")})
     with pytest.raises(ValueError, match=r"no weights for samplers\..*--init-samplers random"):
@@ -113,6 +142,10 @@ def test_settings_that_do_not_fit(run):
         evaluate(run, split="tset")
     with pytest.raises(ValueError, match="pool: size=5 does not fit"):
         evaluate(run, "pool:size=5")
+    four = replace(run, layout=Layout(AbstractMesh((2, 2, 1), AXES)))
+    said = r"batch of 6 questions does not divide over 4 devices \(data=2, fsdp=2.*multiple of 4"
+    with pytest.raises(ValueError, match=said):
+        evaluate(four, batch=6)
     glyphs = replace(run.config.data.glyphs, groups=1, digits=2)
     data = replace(run.config.data, glyphs=glyphs)
     short = replace(run.config, data=data, eval=replace(run.config.eval, max_new_tokens=1))
