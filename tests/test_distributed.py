@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -199,7 +200,8 @@ def test_a_run_survives_faults_and_moves_between_meshes(tmp_path):
     assert time.time() - hit < 60
     assert done.returncode == 128 + signal.SIGKILL, done.stderr
     assert "launch: process 1 was killed by SIGKILL" in done.stderr
-    assert "[0] error: another process of this job was lost" in done.stderr
+    # By the collective that it waits in, or by jax: the one that notices first.
+    assert re.search("another process of this job was lost|another task died", done.stderr)
     assert "has not ended" not in done.stderr
     assert job.steps("run") == [2, 4]
 
@@ -218,7 +220,7 @@ def test_a_run_survives_faults_and_moves_between_meshes(tmp_path):
     assert 7 <= stopped < 12
     assert f"[0] stopped by SIGTERM at step {stopped} of 12" in done.stderr
     assert "[1] stopped" not in done.stderr
-    assert [line for line in done.stdout.splitlines() if "Gloo" not in line] == []
+    assert [line for line in done.stdout.splitlines() if "peer ranks" not in line] == []
 
     # Another mesh, and one process: it starts from the same bits.
     done = job.run((), "run", "fsdp=2,tensor=2", devices=4)

@@ -10,7 +10,9 @@ import jax
 from focus_jax.pods.chips import GIB
 from focus_jax.workdir import write_text
 
-NEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of")
+# Of all that a program keeps in memory, or of its temporary arrays alone.
+USED = re.compile(r"Used ([\d.]+)([KMGT]) of")
+TEMPORARY = re.compile(r"temporaries \(([\d.]+)([KMGT])\)")
 # Of Pallas kernels: printed over several lines, where an instruction otherwise has one.
 KERNEL_METADATA = re.compile(r"kernel_metadata=\{\n.*\n\}")
 UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
@@ -70,11 +72,17 @@ def compile_program(program: Any, arguments: tuple[Any, ...], dump: Path | None 
 
 
 def needed(message: str, arguments: tuple[Any, ...]) -> Memory:
-    """Memory from the compiler's complaint: what it used in all, of which arguments are known."""
+    """Memory from the compiler's complaint, beside the arguments, whose bytes are known."""
     argument = argument_bytes(arguments)
-    found = NEEDED.search(message)
-    used = round(float(found[1]) * UNITS[found[2]]) if found else argument
-    return Memory(argument, 0, 0, max(used - argument, 0))
+    if found := TEMPORARY.search(message):
+        return Memory(argument, 0, 0, amount(found))
+    found = USED.search(message)
+    return Memory(argument, 0, 0, max(amount(found) - argument, 0) if found else 0)
+
+
+def amount(found: re.Match[str]) -> int:
+    """Bytes of `25.27G`."""
+    return round(float(found[1]) * UNITS[found[2]])
 
 
 def argument_bytes(arguments: Any) -> int:

@@ -87,7 +87,13 @@ def mesh_on(topology: Topology, text: str) -> Mesh | AbstractMesh:
         sizes = parse_mesh(text, topology.size)
         return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     parse_mesh(text, topology.size)
-    return make_mesh(text, chosen=devices_of(topology))
+    try:
+        return make_mesh(text, chosen=devices_of(topology))
+    except NotImplementedError as error:
+        raise ValueError(
+            f"mesh {text!r} cannot be laid on {topology.name}: choose sizes that are products of "
+            "its sides"
+        ) from error
 
 
 def devices_of(topology: Topology) -> list[Any]:

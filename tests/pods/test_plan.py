@@ -131,10 +131,10 @@ def compiled():
 def test_the_real_step_is_compiled_for_a_tpu(compiled):
     assert compiled.compiled and compiled.fits and not compiled.refused
     assert jax.default_backend() == "cpu"
-    # The model's own products are all there, and the compiler adds no more than small shapes' odds.
-    assert 0.4 < compiled.flops.ratio <= 1.0
+    # All of the model's own products are there, and little else.
+    assert 0.7 < compiled.flops.ratio <= 1.0
     exact = plan_pod(job(), parse_topology("h100:4"), "fsdp=2,tensor=2").memory.argument
-    assert exact <= compiled.memory.argument < 2.5 * exact  # a TPU pads small arrays to its tiles
+    assert exact <= compiled.memory.argument  # a TPU pads small arrays to its tiles
     assert compiled.traffic and np.isfinite(compiled.times.least)
 
 
