@@ -163,16 +163,18 @@ def averaged(
 ) -> tuple[Leaves, Metrics]:
     """The mean of `gradients(batch, number, progress)` over the first axis of `batches`."""
     count = jax.tree.leaves(batches)[0].shape[0]
-    first = gradients(jax.tree.map(lambda a: a[0], batches), number, progress)
+    first = jax.tree.map(lambda a: a[0], batches)
     if count == 1:
-        return first
+        return gradients(first, number, progress)
 
     def add(total: Any, batch: Any) -> tuple[Any, None]:
         own, at = batch
         return jax.tree.map(jnp.add, total, gradients(own, number + at, progress)), None
 
-    others = jax.tree.map(lambda a: a[1:], batches)
-    total, _ = jax.lax.scan(add, first, (others, jnp.arange(1, count)))
+    # From zero, and not from the first batch: outside of a loop, a compiler may run two at once.
+    shapes = jax.eval_shape(gradients, first, number, progress)
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    total, _ = jax.lax.scan(add, zero, (batches, jnp.arange(count)))
     return jax.tree.map(lambda a: a / count, total)
 
 

@@ -22,6 +22,7 @@ from focus_jax.pods.sweep import batches, best_first, meshes
 from focus_jax.pods.topology import Topology, parse_topology
 
 PLANS = Path("benchmarks/plans")
+WRITTEN = ("--json", "--dump-hlo")  # where things are written changes no plan
 
 
 def add_flags(out: Parser, of: Any) -> None:
@@ -74,7 +75,7 @@ def run(flags: Namespace, cfg: Experiment, argv: Sequence[str]) -> int:
     if not plans:
         raise ValueError("no mesh and batch of the sweep fit together: name some with --mesh")
     plans = best_first(plans) if flags.sweep else plans
-    command = shlex.join(["python", "-m", "focus_jax", "plan", *argv])
+    command = shlex.join(["python", "-m", "focus_jax", "plan", *without(argv, *WRITTEN)])
     values = [{**plan.to_json(), "command": command} for plan in plans]
     if flags.json:
         write_json(flags.json, values[0] if len(values) == 1 else values)
@@ -161,6 +162,16 @@ def stage_of(name: str | None, cfg: Experiment) -> TrainStage:
     if stages[name].objective == "fit":
         raise ValueError(f"stage {name!r} is solved in closed form: it has no step to plan")
     return stages[name]
+
+
+def without(argv: Sequence[str], *names: str) -> list[str]:
+    """Arguments but for these flags and their values."""
+    out, skip = [], False
+    for word in argv:
+        if not skip and word.partition("=")[0] not in names:
+            out.append(word)
+        skip = word in names
+    return out
 
 
 def page(flags: Namespace) -> int:

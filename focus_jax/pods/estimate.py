@@ -46,15 +46,25 @@ def estimate(job: Job, layout: Layout, request: Request, forward_flops: float) -
     argument = argument_bytes(arguments)
     weights = tuple(kernels(job, layout))
     rows = tuple(local_rows(job, layout, request))
-    held = saved(job, layout, rows) + working(job, layout, rows) + in_use(job, weights)
+    held = saved(job, layout, rows) + working(job, layout, rows) + in_use(job, layout, weights)
     train = job.what == "train"
     output = argument if train or job.what == "decode" else 0
     memory = Memory(argument, output, output, round(held))
-    again = forward_flops if train and job.cfg.model.remat == "full" else 0.0
-    moved = sum(one.total for one in gathers(job, layout, weights))
-    hbm = (2 if train else 1) * argument + 2 * moved + 2 * held
-    collectives = (*gathers(job, layout, weights), *sums(job, layout, rows))
+    again = forward_flops * recomputed(job.cfg.model) if train else 0.0
+    parts = job.stage.accumulate if train else 1
+    once = (*gathers(job, layout, weights), *sums(job, layout, rows))
+    collectives = tuple(one._replace(times=parts * one.times) for one in once)
+    moved = sum(one.total for one in collectives)
+    hbm = (2 if train else 1) * argument + 2 * moved + 2 * parts * held
     return Estimate(memory, again, hbm, collectives)
+
+
+def recomputed(model: ModelConfig) -> float:
+    """The share of a layer's products that its backward pass makes again."""
+    cfg = model.decoder
+    heads = cfg.width * (2 * cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim
+    share = heads / (heads + 3 * cfg.width * cfg.mlp_width)
+    return {"full": 1.0, "mlp": share}.get(model.remat, 0.0)
 
 
 def width(model: ModelConfig) -> int:
@@ -99,9 +109,12 @@ def kept_numbers(model: ModelConfig, heads: int, mlp: int) -> float:
     """Numbers of one row and layer: its input, and what the remat policy keeps beside it."""
     cfg = model.decoder
     inner = (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim / heads
+    own = cfg.width + cfg.heads * cfg.head_dim / heads  # its input, and attention's output
     if model.remat == "full":
-        return cfg.width
-    dots = 3 * cfg.width + inner + 2 * cfg.mlp_width / mlp
+        return own
+    if model.remat == "mlp":
+        return own + 2 * cfg.mlp_width / mlp
+    dots = own + 2 * cfg.width + inner + 2 * cfg.mlp_width / mlp
     return dots if model.remat != "none" else dots + 4 * cfg.width + inner + 2 * cfg.mlp_width / mlp
 
 
@@ -114,11 +127,15 @@ def working(job: Job, layout: Layout, rows: tuple[StageRows, ...]) -> float:
     return (2 if job.what == "train" else 1) * width(job.cfg.model) * most * each
 
 
-def in_use(job: Job, weights: tuple[Weight, ...]) -> float:
-    """Bytes of gathered weights: two layers' at a time, and the largest matrix outside of them."""
+def in_use(job: Job, layout: Layout, weights: tuple[Weight, ...]) -> float:
+    """Bytes of gathered weights, two layers' at a time and the largest matrix outside of them; and
+    of gradients, which are kept as masters are.
+    """
     size = width(job.cfg.model)
     layer = sum(w.numbers / w.layers for w in weights if ".layers." in w.name)
-    return size * (2 * layer + max(w.numbers for w in weights if ".layers." not in w.name))
+    gradients = 4 * sum(w.numbers for w in weights if w.learns) / layout.ways("embed")
+    outside = max(w.numbers for w in weights if ".layers." not in w.name)
+    return size * (2 * layer + outside) + gradients
 
 
 # ------------------------------------------------------------------------------ collectives

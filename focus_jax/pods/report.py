@@ -103,7 +103,8 @@ def line(plan: Value) -> str:
     """One plan as a row of `COLUMNS`."""
     memory, flops, seconds = plan["memory"], plan["flops"], plan["seconds"]
     told = "" if plan["compiled"] else " (analysis)"
-    name = f"{plan['topology']} {mesh_words(plan)}, {plan['method']} {plan['what']}{told}"
+    where = f"{plan['topology']} {mesh_words(plan)}"
+    name = f"{plan['config']}, {where}, {plan['method']} {plan['stage'] or plan['what']}{told}"
     cells = (
         name,
         f"{batch_words(plan)}, {plan['remat']}",

@@ -14,7 +14,7 @@ class Setting(NamedTuple):
 
 
 SMALL = {
-    "v5e:8x8": Setting("fsdp=64", accumulate=2),
+    "v5e:8x8": Setting("fsdp=32,tensor=2", accumulate=2, remat="mlp"),
     "v5e:16x16": Setting("fsdp=64,tensor=4"),
     "v5p:4x4x4": Setting("fsdp=16,tensor=4"),
     "v5p:4x4x8": Setting("fsdp=32,tensor=4"),

@@ -22,13 +22,14 @@ def test_methods_on_a_node(tmp_path, capsys):
     assert focus["flops"]["model"] < full["flops"]["model"]
     assert full["stage"] == "joint" and full["batch"] == 8
     assert full["command"].startswith("python -m focus_jax plan --config")
+    assert full["command"].endswith("--method full,focusllava --compress.text.keep 0.25")
     said = capsys.readouterr().out
     assert "| mesh | fsdp=2,tensor=2: 4 devices |" in said and "| bound by |" in said
     page = tmp_path / "pods.md"
     page.write_text(MARK + "\n")
     assert main(["--markdown", str(page), "--plans", str(path.parent)]) == 0
     assert "2 plans" in capsys.readouterr().out
-    assert page.read_text().count("| h100:4 fsdp=2,tensor=2") == 2
+    assert page.read_text().count("| micro, h100:4 fsdp=2,tensor=2") == 2
 
 
 def test_the_mesh_of_the_config_stage_and_batch(tmp_path):
@@ -48,7 +49,7 @@ def test_a_sweep_prints_the_best_first(tmp_path, capsys):
     speeds = [plan["images_per_second"] for plan in plans]
     assert speeds == sorted(speeds, reverse=True) and len(plans) == 3
     said = capsys.readouterr()
-    assert said.out.count("| h100:4") == 3
+    assert said.out.count("| micro, h100:4") == 3
     assert "left out: a batch of 2 rows does not divide over 4 devices" in said.err
 
 

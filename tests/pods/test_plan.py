@@ -66,6 +66,30 @@ def test_a_frozen_decoder_sends_no_gradients():
     assert align.flops.model < every.flops.model
 
 
+def test_a_step_of_several_batches_sends_its_weights_again():
+    once, twice = (
+        plan_pod(job(stage=replace(JOINT, batch=8 // n, accumulate=n)), NODE, "fsdp")
+        for n in (1, 2)
+    )
+    assert {o.kind: 2 * o.payload for o in once.traffic} == {
+        o.kind: o.payload for o in twice.traffic
+    }
+    assert twice.flops.model == once.flops.model and twice.job.images == once.job.images == 8
+    assert twice.memory.temporary < once.memory.temporary
+
+
+def test_remat_trades_memory_for_operations():
+    found = []
+    for remat in ("dots", "mlp", "full"):
+        own = job()
+        model = replace(own.cfg.model, remat=remat)
+        found.append(plan_pod(replace(own, cfg=replace(own.cfg, model=model)), NODE, "fsdp"))
+    assert [p.memory.temporary for p in found] == sorted(
+        (p.memory.temporary for p in found), reverse=True
+    )
+    assert found[0].flops.ratio == 1.0 > found[1].flops.ratio > found[2].flops.ratio > 0.7
+
+
 def test_figures_add_up():
     plan = plan_pod(job(method="full"), NODE, "fsdp")
     said = plan.to_json()

@@ -8,9 +8,9 @@ from focus_jax.pods.report import MARK, line, lines, table, write_page
 
 GIB = 2**30
 PLAN = {
-    "method": "full", "what": "train", "stage": "instruct", "topology": "v5e:16x16",
-    "devices": 256, "mesh": {"data": 1, "fsdp": 64, "tensor": 4}, "batch": 128, "accumulate": 2,
-    "remat": "dots", "tiles": 5,
+    "config": "seven", "method": "full", "what": "train", "stage": "instruct",
+    "topology": "v5e:16x16", "devices": 256, "mesh": {"data": 1, "fsdp": 64, "tensor": 4},
+    "batch": 128, "accumulate": 2, "remat": "dots", "tiles": 5,
     "text": 1024, "compiled": True, "fits": True, "refused": "", "notes": ["loop %a"],
     "memory": {
         "argument": GIB, "output": GIB, "aliased": GIB, "temporary": 3 * GIB, "code": 0,
@@ -51,7 +51,7 @@ def test_one_plan_as_a_table():
 
 def test_one_plan_as_a_line():
     cells = [cell.strip() for cell in line(PLAN).strip("|").split("|")]
-    assert cells[0] == "v5e:16x16 fsdp=64,tensor=4, full train"
+    assert cells[0] == "seven, v5e:16x16 fsdp=64,tensor=4, full instruct"
     assert cells[2:5] == ["1.0 + 3.0", "25%", "yes"]
     assert cells[5:7] == ["81.0 / 90.0", "0.90"] and cells[11] == "125 / 250"
     head = lines([PLAN]).splitlines()[0]
@@ -71,7 +71,7 @@ def test_a_page_is_made_from_files(tmp_path):
     said = page.read_text()
     assert said.startswith(f"# Pods\nwords\n{MARK}\n") and "old plans" not in said
     assert said.index("### a") < said.index("other") < said.index("### b")
-    assert said.count(PLAN["command"]) == 1 and said.count("| v5e:16x16") == 3
+    assert said.count(PLAN["command"]) == 1 and said.count("| seven, v5e:16x16") == 3
     assert write_page(page, folder) == 3 and page.read_text() == said
 
 
