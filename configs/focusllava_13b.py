@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-import llava_recipe
+import _llava_recipe
 
 from focus_jax.config import llava_1_5_13b
 from focus_jax.experiment import Experiment
@@ -10,4 +10,4 @@ from focus_jax.experiment import Experiment
 
 def get_config() -> Experiment:
     model = replace(llava_1_5_13b(), max_tiles=5, image_newline=True)
-    return llava_recipe.experiment("focusllava_13b", model)
+    return _llava_recipe.experiment("focusllava_13b", model)

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -135,7 +136,11 @@ def make_mesh(text: str = "data", devices: int = 0, chosen: Sequence[Any] | None
     blocks = in_blocks(found, sizes["tensor"])
     if blocks is not None:
         return Mesh(blocks.reshape(shape), AXES, axis_types=kinds)
-    return jax.make_mesh(shape, AXES, kinds, devices=found)
+    try:
+        return jax.make_mesh(shape, AXES, kinds, devices=found)
+    except NotImplementedError:  # where a side of a torus would have to be split
+        placed = mesh_utils.create_device_mesh(shape, found, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=kinds)
 
 
 def in_blocks(devices: Sequence[Any], tensor: int) -> np.ndarray | None:

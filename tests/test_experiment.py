@@ -21,7 +21,7 @@ from focus_jax.experiment import (
 from focus_jax.models.vlm import dims_of
 from tests.micro import get_config
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -29,7 +29,8 @@ def test_config_programs_describe_experiments_that_hold(path):
     config = load_program(path)
     assert isinstance(config, Experiment) and config.train.stages
     config.compress.value().check(dims_of(config.model, config.model.max_tiles))
-    assert config.model.vision.image_size == config.data.glyphs.image_size
+    on_glyphs = path.stem.startswith("glyphs")  # the others have no data of their own yet
+    assert not on_glyphs or config.model.vision.image_size == config.data.glyphs.image_size
     assert from_json(to_json(config)) == config
 
 

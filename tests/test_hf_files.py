@@ -256,6 +256,7 @@ def test_without_network(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells the memory")
+@pytest.mark.slow
 def test_loading_benchmark(tmp_path, capfd):
     """Peak memory stays at the parameters and one and a half of the largest tensor."""
     flags = ["--gigabytes", "0.25", "--directory", str(tmp_path), "--dtype", "bfloat16"]

@@ -56,7 +56,7 @@ def told(monkeypatch):
         return Loss(jnp.zeros(()), {})
 
     monkeypatch.setattr(objectives, "answer", caught)
-    model = SimpleNamespace(decoder=SimpleNamespace(embed=lambda ids: jnp.asarray(table)[ids]))
+    model = SimpleNamespace(decoder=SimpleNamespace(embedded=lambda ids: jnp.asarray(table)[ids]))
     # No two cells have the same words, so a token tells which cell it is.
     cell_words = np.stack([RNG.permutation(50)[:36] for _ in range(64)])[..., None]
     filled = np.zeros((64, 36), bool)

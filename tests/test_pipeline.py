@@ -247,6 +247,7 @@ def test_importing_the_package_is_quick():
         _ = fj.lode
 
 
+@pytest.mark.slow
 def test_programs_are_kept_between_processes(directory, tmp_path):
     """The second process finds what the first compiled."""
     code = (

@@ -96,6 +96,7 @@ def test_other_processes_trace_nothing(monkeypatch):
     assert traced((1, 2), [1, 2]) == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_real_trace_lies_in_the_folder(tmp_path):
     with Profile(tmp_path / "profile", (1, 1)) as profile, profile.step(1, lambda: None):
         jnp.ones(3).block_until_ready()

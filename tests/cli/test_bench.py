@@ -15,6 +15,7 @@ from focus_jax.cli.bench import main, measure
 from focus_jax.config import PRESETS, DecoderConfig, VisionConfig, llava_next_vicuna_7b
 
 
+@pytest.mark.slow
 def test_command_measures_both_methods(tmp_path, capsys):
     path = tmp_path / "sub" / "bench.json"
     flags = ["--preset", "tiny", "--layers", "4", "--against", "none", "--rounds", "1"]
@@ -79,6 +80,7 @@ def next_job():
     del PRESETS["test_next"]
 
 
+@pytest.mark.slow
 def test_transformers_side_has_the_same_rows(next_job):
     pytest.importorskip("torch")
     job = bench.job_of(next_job)

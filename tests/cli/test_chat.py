@@ -38,6 +38,7 @@ def test_a_question_about_a_photograph(checkpoint, photo, capsys):
     assert "8 tokens" in out.err
 
 
+@pytest.mark.slow
 def test_as_a_user_calls_it(checkpoint):
     """A process of its own: three photographs in one prompt, with a method, then a conversation."""
     command = [sys.executable, "-m", "focus_jax"]
