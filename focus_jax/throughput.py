@@ -11,12 +11,11 @@ import numpy as np
 from focus_jax.compress.method import Method
 from focus_jax.experiment import Experiment, TrainStage
 from focus_jax.objectives import WORD_SLOTS
-from focus_jax.pods import chips
+from focus_jax.pods.chips import peak_of
 from focus_jax.pods.counts import Request, entering_rows, train_flops
 from focus_jax.sharding import Layout
 
 Clock = Callable[[], float]
-peak_of = getattr(chips, "peak_of", lambda kind: None)  # until chips has it
 
 # Metrics that depend on the clock and the machine; all others are equal when a run is repeated.
 CLOCKED = (

@@ -51,3 +51,19 @@ CHIPS: dict[str, Chip] = {
         Chip("h200", 989.4e12, 141 * 10**9, 4800e9, 18, 25e9, 0, NODE, 8),
     )
 }
+
+# jax's names of devices (`device_kind`). The H100's PCIe card has another name and a lower peak.
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
+
+
+def peak_of(device_kind: str) -> float | None:
+    """Dense bf16 operations a second of a device by jax's name of it; None where not known."""
+    name = KINDS.get(device_kind)
+    return None if name is None else CHIPS[name].flops

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from focus_jax.distributed import first_line
 from focus_jax.pods.chips import GIB
 from focus_jax.workdir import write_text
 
@@ -55,7 +56,7 @@ def compile_program(program: Any, arguments: tuple[Any, ...], dump: Path | None 
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         seconds = time.perf_counter() - start
-        return Compiled("", needed(str(error), arguments), seconds, first_line(str(error)))
+        return Compiled("", needed(str(error), arguments), seconds, first_line(error))
     seconds = time.perf_counter() - start
     text = KERNEL_METADATA.sub("kernel_metadata={}", done.as_text())
     if dump is not None:
@@ -95,8 +96,3 @@ def argument_bytes(arguments: Any) -> int:
             size *= side
         total += size
     return total
-
-
-def first_line(text: str) -> str:
-    """The first line of a long message."""
-    return text.strip().splitlines()[0]

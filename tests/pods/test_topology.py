@@ -6,8 +6,32 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from focus_jax.pods.chips import CHIPS
-from focus_jax.pods.topology import Span, mesh_on, parse_topology, spans
+from focus_jax.pods.chips import CHIPS, peak_of
+from focus_jax.pods.topology import Span, devices_of, mesh_on, parse_topology, spans
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v6 lite", 918),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H100 PCIe", None),
+        ("cpu", None),
+    ],
+)
+def test_published_peaks_by_jaxs_names(kind, teraflops):
+    assert peak_of(kind) == (None if teraflops is None else teraflops * 1e12)
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_peak_of_a_slices_devices_is_its_chips(name):
+    pytest.importorskip("libtpu")
+    topology = parse_topology(name)
+    assert {peak_of(d.device_kind) for d in devices_of(topology)} == {topology.chip.flops}
 
 
 @pytest.mark.parametrize(
