@@ -7,7 +7,7 @@ written by `save_params` has the same layout without `data`, so that one reader 
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,6 +21,8 @@ from focus_jax.distributed import first_line, is_loss
 
 PyTree = Any
 Entry = tuple[tuple[int, ...], np.dtype]
+# Where a parameter of that name and shape is to lie.
+Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 _MAKE = "train one with `python train.py`, or name the folder of a finished run"
 # Seconds between looks at a write that is waited for.
@@ -224,12 +226,13 @@ def save_params(
 
 
 def load_params(
-    path: epath.PathLike, template: PyTree | None = None
+    path: epath.PathLike, template: PyTree | None = None, place: Place | None = None
 ) -> tuple[PyTree, dict[str, Any]]:
     """Read (params, meta); of a run's checkpoint only the arrays under `params` are read.
 
     path: what `save_params` wrote, a step's folder, or a `Checkpoints` folder (latest step).
-    template: as in `Checkpoints.restore`; None gives nested dicts and lists as stored.
+    template: as in `Checkpoints.restore`; None gives nested dicts and lists as stored, each array
+        where `place` puts it (the default device without one).
     Raises FileNotFoundError, CheckpointMismatch or CheckpointDamaged.
     """
     folder = _params_folder(path)
@@ -241,9 +244,12 @@ def load_params(
                 f"checkpoint {folder} has no parameters under `params`, only {sorted(stored)}; "
                 "name another checkpoint"
             )
-        template = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored["params"]
-        )
+
+        def shape(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+            at = None if place is None else place(path[0].key, leaf.shape)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
+
+        template = jax.tree_util.tree_map_with_path(shape, stored["params"])
     state = _restore_arrays(folder, {"params": template}, unexpected_is_error=False)
     return state["params"], _restore_json(folder, "meta")
 

@@ -6,6 +6,7 @@ elsewhere a `Place` says it. A process of its own needs none of this and starts 
 
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -108,6 +109,12 @@ def join(
     who = f"process {place.process_id} of {place.processes}" if place else "this process"
     where = place.coordinator if place else f"the coordinator of the {kind} job"
     mend = "start all of them with the same coordinator, and a port that is free and open there"
+    if place and place.process_id == 0:
+        try:
+            try_port(int(place.coordinator.rpartition(":")[2]))
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise CannotJoin(f"{who} cannot listen at {where} ({why}): {mend}") from error
     # jax would abort the process with a message about lost ones.
     late = threading.Timer(
         connect, give_up, (f"{who} did not meet the others at {where} in {connect} s: {mend}",)
@@ -131,6 +138,13 @@ def join(
     if around is not None:
         return around.get_process_id()
     return place.process_id if place else None
+
+
+def try_port(port: int) -> None:
+    """Listen at a port for a moment: OSError where it is taken, on which jaxlib would crash."""
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
 
 
 def give_up(why: str) -> None:

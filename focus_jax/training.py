@@ -71,6 +71,7 @@ class Run:
         self.checkpoints = Checkpoints(self.workdir / "checkpoints", self.cfg.train.keep)
         self.preemption = Preemption()
         self.seconds: dict[str, float] = {}
+        self.tree: Leaves = {}  # canonical parameters between stages
 
     # ------------------------------------------------------------------ parameters
 
@@ -82,7 +83,7 @@ class Run:
         fresh = names.canonical(names.named_leaves(self.fresh(self.method)()))
         if not self.cfg.train.init_from:
             return fresh
-        tree, _ = load_params(self.cfg.train.init_from)
+        tree, _ = load_params(self.cfg.train.init_from, place=self.layout.stored)
         init = self.fresh(self.method) if self.cfg.train.init_samplers else None
         model = names.with_method(self.cfg.model, tree, self.method, init, self.layout)
         return names.canonical(names.named_leaves(model))
@@ -107,7 +108,9 @@ class Run:
         check_prefixes(stage, {names.canonical_name(name) for name in leaves})
         learning, frozen = split(leaves, stage)
         optimiser = make_optimiser(self.cfg.train, stage)
-        return model, first_state(learning, optimiser, self.layout), frozen, optimiser
+        # Its shapes alone: the model would keep the parameters that the steps replace.
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), model)
+        return shapes, first_state(learning, optimiser, self.layout), frozen, optimiser
 
     # ------------------------------------------------------------------ running
 
@@ -119,7 +122,7 @@ class Run:
         first, resumed = self.find_stage()
         done = sum(stage.steps for stage in self.cfg.train.stages[:first])
         # Frozen parts and the samplers of later stages come from the checkpoint too.
-        tree = self.first_tree() if resumed is None else self.stored_tree()
+        self.tree = self.first_tree() if resumed is None else self.stored_tree()
         start = resumed or done
         with (
             self.checkpoints,
@@ -129,10 +132,10 @@ class Run:
             ) as out,
         ):
             for index in range(first, len(self.cfg.train.stages)):
-                tree = self.run_stage(index, done, tree, resumed, out)
+                self.tree = self.run_stage(index, done, resumed, out)
                 done += self.cfg.train.stages[index].steps
                 resumed = None
-        return tree
+        return self.tree
 
     def find_stage(self) -> tuple[int, int | None]:
         """(stage to run, global step to resume from or None) from the newest checkpoint."""
@@ -146,19 +149,20 @@ class Run:
             done += stage.steps
         return len(self.cfg.train.stages), latest
 
-    def run_stage(
-        self, index: int, done: int, tree: Leaves, resumed: int | None, out: Outlets
-    ) -> Leaves:
+    def run_stage(self, index: int, done: int, resumed: int | None, out: Outlets) -> Leaves:
         """One stage; `done` steps were taken before it. Returns the canonical parameters."""
         stage = self.cfg.train.stages[index]
         if stage.objective == "fit":
-            return self.fit_stage(index, done, tree, out)
-        model, state, frozen, optimiser = self.state_of(stage, tree)
+            return self.fit_stage(index, done, self.tree, out)
+        model, state, frozen, optimiser = self.state_of(stage, self.tree)
+        # What the stage does not have; the rest would be held twice.
+        own = {names.canonical_name(name) for name in (*state.learning, *frozen)}
+        self.tree = tree = {name: leaf for name, leaf in self.tree.items() if name not in own}
         loader = make_train_loader(self.cfg, self.source, self.tokenizer, stage, index, self.layout)
         with closing(iter(loader)) as batches:
             start = done
             if resumed is not None and resumed > done:
-                start, state = resumed, self.restore(state, tree, batches)
+                start, state = resumed, self.restore(state, batches)
             step = make_step(model, stage, optimiser, self.cfg.train.seed, self.layout)
             load = load_of(self.cfg, stage, self.stage_method(stage), self.layout)
             devices = self.layout.mesh.local_devices
@@ -239,9 +243,9 @@ class Run:
             meta,
         )
 
-    def restore(self, state: State, tree: Leaves, batches: LoaderIterator) -> State:
+    def restore(self, state: State, batches: LoaderIterator) -> State:
         """The state of the newest checkpoint; the data go on behind the last batch it saw."""
-        stored, data, _ = self.checkpoints.restore(None, self.stored(state, tree))
+        stored, data, _ = self.checkpoints.restore(None, self.stored(state, self.template()))
         batches.set_state(data)
         flat, structure = jax.tree_util.tree_flatten_with_path(state.optimiser)
         moments = [stored["optimiser"][jax.tree_util.keystr(path)] for path, _ in flat]

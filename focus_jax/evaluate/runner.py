@@ -27,11 +27,7 @@ from focus_jax.experiment import Experiment
 from focus_jax.generate import Generator, texts
 from focus_jax.methods import parse_method
 from focus_jax.models.params import (
-    Leaf,
-    abstract,
-    canonical,
     initialise,
-    named_leaves,
     with_method,
 )
 from focus_jax.models.vlm import VLM, dims_of, sizes_of
@@ -138,23 +134,10 @@ def read_run(workdir: str | Path, layout: Layout | None = None) -> Trained:
     """
     config, tokenizer = read_workdir(workdir)
     folder = Path(workdir) / "checkpoints"
-    tree, _ = load_params(folder, None if layout is None else kept(config, layout))
+    tree, _ = load_params(folder, place=None if layout is None else layout.stored)
     with Checkpoints(folder, keep=1) as checkpoints:
         step = checkpoints.latest()
     return Trained(Path(workdir), config, tokenizer, tree, step or 0, layout)
-
-
-def kept(cfg: Experiment, layout: Layout) -> dict[str, Leaf]:
-    """Shapes of a run's canonical parameters, with the place where each is kept."""
-
-    def placed(name: str, leaf: Leaf) -> Leaf:
-        if isinstance(leaf, list):
-            return [placed(name, layer) for layer in leaf]
-        sharding = layout.stored(name, leaf.shape)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    shapes = canonical(named_leaves(abstract(cfg.model, cfg.compress.value())))
-    return {name: placed(name, leaf) for name, leaf in shapes.items()}
 
 
 def evaluate(
