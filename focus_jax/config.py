@@ -7,6 +7,8 @@ DTypeName = Literal["float32", "bfloat16"]
 
 # LLaVA-NeXT's: up to four tiles, as rows and columns.
 NEXT_GRIDS = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
+# The kernels of a decoder layer.
+LORA_TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,29 @@ class VisionConfig:
     def depth(self) -> int:
         """Layers that must run to reach `feature_layer`."""
         return self.feature_layer % (self.layers + 1)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates of the decoder's kernels: kernel + alpha / rank x (a @ b). Rank 0: none.
+
+    `targets`: which kernels of a layer (q, k, v, out, gate, up, down). Source: arXiv 2106.09685;
+    LLaVA trains with rank 128, alpha 256 and all targets.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = LORA_TARGETS
+
+    def __post_init__(self) -> None:
+        known = LORA_TARGETS
+        if self.rank < 0 or self.alpha <= 0:
+            raise ValueError(
+                f"lora.rank={self.rank}, lora.alpha={self.alpha}: give a rank of at least 0 and an "
+                "alpha above 0"
+            )
+        if not self.targets or set(self.targets) - set(known):
+            raise ValueError(f"lora.targets={self.targets}: name some of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -141,6 +166,7 @@ class ModelConfig:
     attention: Literal["xla", "chunked", "blocked", "cudnn", "splash"] = "xla"
     stacked: bool = True
     unroll: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         if self.max_tiles < 1:

@@ -72,17 +72,28 @@ def parent_fields(value: Any, parent: type) -> dict[str, Any]:
     return {f.name: getattr(value, f.name) for f in fields(parent)}
 
 
+TemplateName = Literal["bare", "brief", "vicuna_v1", "llama3", "mistral", "chatml", "plain"]
+
+
 @dataclass(frozen=True)
 class DataConfig:
-    """The embedded data set and how its text becomes tokens.
+    """The embedded data set, or one of dialogues, and how its text becomes tokens.
 
-    `text_length`, `prefix_length`: tokens behind and before the image, padded to.
+    `text_length`, `prefix_length`: tokens behind and before the image, padded to (embedded set).
+    `dataset`: a folder that `python -m focus_jax data build` made; "" is the embedded set.
+    `lengths`: sizes that a dialogue's text is padded to; what is longer than the last is cut.
+    `tokenizer`: its directory; "" is that of `train.init_from`. `photos`: how photos become tiles
+    (see `preprocess.ImageConfig`); "" is `anyres` for models of several tiles, else `pad`.
     """
 
+    dataset: str = ""
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    tokenizer: str = ""
+    photos: Literal["", "squash", "pad", "crop", "anyres"] = ""
     glyphs: GlyphsConfig = field(default_factory=GlyphsConfig)
     seed: int = 0
     directory: str = "runs/data"
-    template: Literal["bare", "brief", "vicuna_v1", "llama3", "mistral", "chatml"] = "bare"
+    template: TemplateName = "bare"
     text_length: int = 11
     prefix_length: int = 2
     max_bad_share: float = 0.01
@@ -98,7 +109,8 @@ class TrainStage:
     `scale`: (prefix, factor) pairs on the learning rate. `samplers`: whether the method is in
     place (otherwise all visual tokens). Schedule: linear warm-up over a share of the steps, cosine
     down to `final` of the peak. `accumulate`: batches a step. `clutter`: images made on the fly
-    with that share of their cells filled (objective `fit`).
+    with that share of their cells filled (objective `fit`). `dataset`, `template`: this stage's own
+    in place of those of `data`.
     """
 
     name: str
@@ -115,6 +127,8 @@ class TrainStage:
     final: float = 0.05
     clip: float = 1.0
     clutter: float = 0.0
+    dataset: str = ""
+    template: Literal[TemplateName, ""] = ""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "questions", "accumulate"):
