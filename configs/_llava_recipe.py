@@ -1,13 +1,24 @@
-"""LLaVA's two stages with FocusLLaVA's samplers: what the focusllava_* programs share.
+r"""LLaVA's two stages with FocusLLaVA's samplers: what the focusllava_* programs share.
 
 Stage 1 aligns: the projector, the newline and the samplers learn at 1e-3, 558,000 captions in
 batches of 256. Stage 2 instructs: all but the tower learns at 2e-5, 665,000 conversations in
 batches of 128, as LLaVA-1.5 does; LLaVA-NeXT trains the tower too, at a fifth of its 1e-5
 (`train=("",)`, `learning_rate=1e-5`, `scale=(("vision.", 0.2),)`).
 
-Text is 1,024 tokens: 48 before the image (the system's words) and 976 behind it. The data that the
-programs name are the embedded set's, whose fields hold these lengths; LLaVA's own sets have no
-source here yet, so that these programs are for planning and for their parameters.
+The data are LLaVA's, built once (docs/data.md):
+
+    python -m focus_jax data build --json blip_laion_cc_sbu_558k.json --images images.zip \
+        --out data/llava_pretrain
+    python -m focus_jax data build --json llava_v1_5_mix665k.json --out data/llava_mix665k \
+        --images coco=coco gqa=gqa ocr_vqa=ocr_vqa textvqa=textvqa vg=vg
+
+Other folders: `--train.stages.0.dataset`, `--train.stages.1.dataset`. Stage 1 is template `plain`,
+stage 2 the model's own. Training starts from `--train.init-from decoder=VICUNA,vision=CLIP`.
+Dialogues are padded to `data.lengths`; for plans text is 1,024 tokens, 48 before the image (the
+system's words) and 976 behind it.
+
+A caption asks nothing, so that a text-guided sampler has nothing to go by in stage 1: its scores
+are equal, and the first tokens stay.
 """
 
 from dataclasses import replace
@@ -18,11 +29,12 @@ from focus_jax.experiment import DataConfig, Experiment, TrainConfig, TrainStage
 ALIGN = TrainStage(
     "align", "answers", steps=2180, learning_rate=1e-3,
     train=("projector.", "image_newline", "samplers."), batch=256, questions=1, final=0.0,
+    dataset="data/llava_pretrain", template="plain",
 )  # fmt: skip
 INSTRUCT = TrainStage(
     "instruct", "answers", steps=5197, learning_rate=2e-5,
     train=("decoder.", "projector.", "image_newline", "samplers."), batch=128, questions=1,
-    final=0.0,
+    final=0.0, dataset="data/llava_mix665k",
 )  # fmt: skip
 
 
@@ -34,6 +46,11 @@ def experiment(name: str, model: ModelConfig) -> Experiment:
             model, param_dtype="float32", compute_dtype="bfloat16", attention="splash", remat="dots"
         ),
         compress=usual_samplers(model),
-        data=DataConfig(template="vicuna_v1", text_length=976, prefix_length=48),
+        data=DataConfig(
+            template="vicuna_v1",
+            text_length=976,
+            prefix_length=48,
+            lengths=(64, 256, 512, 1024, 2048),
+        ),
         train=TrainConfig(stages=(ALIGN, INSTRUCT), b2=0.999, save_every=500, mesh="fsdp"),
     )

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from focus_jax.compress.method import Context, VisualTokens, block_key
 from focus_jax.compress.select import top_k_in_order
+from focus_jax.models.streams import Streams
 from focus_jax.models.vlm import VLM, Inputs
 from focus_jax.vocabulary_loss import vocabulary_loss
 
@@ -28,12 +29,13 @@ class Loss(NamedTuple):
 
 
 def inputs_of(batch: Batch) -> Inputs:
-    """The model's view of a loader's batch."""
+    """The model's view of a loader's batch; dialogues tell where their images stand."""
     return Inputs(
         pixels=batch["pixels"], patch_valid=batch["patch_valid"], origin=batch["tile_origin"],
         prefix=batch["prefix"], prefix_valid=batch["prefix_valid"], tokens=batch["tokens"],
         token_valid=batch["token_valid"], instruction=batch["query_mask"],
-        label=batch["label_mask"],
+        label=batch["label_mask"], row_valid=batch.get("tile_rows"),
+        image_at=batch.get("image_at"),
     )  # fmt: skip
 
 
@@ -71,11 +73,33 @@ def answer(
     """Answer loss over the batch, the image given by pixels or by ready visual tokens."""
     out = vlm(inputs_of(batch), ctx, visual=visual, places=places)
     flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
-    loss = answer_loss(vlm, out.hidden, flat(batch["tokens"]), flat(batch["label_mask"]))
+    hidden = out.hidden
+    if "image_at" in batch:
+        hidden = behind_images(hidden, out.streams, batch["image_at"])
+    loss = answer_loss(vlm, hidden, flat(batch["tokens"]), flat(batch["label_mask"]))
     extra = out.aux.losses
     metrics = {"loss_answers": loss.value, **loss.metrics, **out.aux.metrics}
     metrics |= {f"loss_{name}": value for name, value in extra.items()}
     return Loss(loss.value + sum(extra.values(), jnp.zeros(())), metrics)
+
+
+def behind_images(
+    hidden: Float[Array, "B T D"], s: Streams, image_at: Int[Array, "B I"]
+) -> Float[Array, "B T D"]:
+    """Rows from which the next token is told: an image's last one where it stands in between.
+
+    So a caption's first word is told from its image. An image before all text (`image_at` 0) tells
+    nothing: no row of text stands before it whose place it could take.
+    """
+    v = s.visual.shape[1]
+    if not v or not image_at.shape[1]:
+        return hidden
+    own = s.visual_valid[:, None] & (s.after[:, None] == image_at[..., None])  # [B I V]
+    last = jnp.where(own, jnp.arange(v), -1).max(-1)
+    rows = jnp.take_along_axis(s.visual, jnp.maximum(last, 0)[..., None], axis=1)
+    place = jnp.where((last >= 0) & (image_at > 0), image_at - 1, hidden.shape[1])
+    put = lambda h, at, row: h.at[at].set(row.astype(h.dtype), mode="drop")  # noqa: E731
+    return jax.vmap(put)(hidden, place, rows)
 
 
 WORD_SLOTS = 16  # filled cells and a few empty ones

@@ -1,9 +1,9 @@
 """How fast training goes: what a step amounts to, how long it takes, how full devices are."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ Clock = Callable[[], float]
 # Metrics that depend on the clock and the machine; all others are equal when a run is repeated.
 CLOCKED = (
     "seconds_per_step", "step_seconds", "tokens_per_second", "images_per_second",
-    "flops_per_second", "mfu", "data_wait", "checkpoint_seconds",
+    "flops_per_second", "mfu", "data_wait", "checkpoint_seconds", "compile_seconds",
     "memory/in_use", "memory/peak", "memory/limit",
 )  # fmt: skip
 
@@ -35,8 +35,8 @@ class Load:
     known.
     """
 
-    images: int
-    tokens: int
+    images: float
+    tokens: float
     flops: float | None
     devices: int
     peak: float | None
@@ -58,24 +58,63 @@ class Load:
 
 
 def load_of(
-    cfg: Experiment, stage: TrainStage, method: Method, layout: Layout, tiles: int = 1
+    cfg: Experiment,
+    stage: TrainStage,
+    method: Method,
+    layout: Layout,
+    request: Request | None = None,
 ) -> Load:
-    """What a step of a stage amounts to; `method` is the stage's own, `tiles` those of an image.
+    """What a step of a stage amounts to; `method` is the stage's own, `request` that of a sample.
 
-    Scenes told in words pass no tower: their tokens are counted, their operations are not.
+    Without a request: one view, and the text that the embedded data are padded to. Scenes told in
+    words pass no tower: their tokens are counted, their operations are not.
     """
-    images = stage.batch * stage.accumulate
+    samples = stage.batch * stage.accumulate
     devices = layout.mesh.devices.flatten()
-    text, prefix = cfg.data.text_length, cfg.data.prefix_length
-    request = Request(tiles, text, prefix, stage.questions)
+    if request is None:
+        request = Request(1, cfg.data.text_length, cfg.data.prefix_length, stage.questions)
     flops: float | None = None
     if stage.objective == "words":
-        tokens = prefix + WORD_SLOTS + stage.questions * text
+        tokens = request.prefix + WORD_SLOTS + request.questions * request.text
     else:
         tokens = entering_rows(cfg.model, method, request, train=True)
-        flops = images * train_flops(cfg.model, method, request, stage)
+        flops = samples * train_flops(cfg.model, method, request, stage)
     peak = peak_of(devices[0].device_kind)
-    return Load(images, images * tokens, flops, len(devices), peak)
+    return Load(samples * request.images, samples * tokens, flops, len(devices), peak)
+
+
+class Loads:
+    """What steps of a stage amount to, by the shapes of their batches; each is worked out once."""
+
+    def __init__(self, cfg: Experiment, stage: TrainStage, method: Method, layout: Layout):
+        self._of_request = lambda request: load_of(cfg, stage, method, layout, request)
+        self._found: dict[Request, Load] = {}
+
+    def __call__(self, batches: Mapping[str, np.ndarray]) -> Load:
+        """The load of one step's batches, arrays [A B ...]."""
+        request = request_of(batches)
+        if request not in self._found:
+            self._found[request] = self._of_request(request)
+        return self._found[request]
+
+
+def request_of(batches: Mapping[str, np.ndarray]) -> Request:
+    """What one sample has, from the shapes of a loader's arrays [A B ...]."""
+    views, (questions, text) = batches["pixels"].shape[2], batches["tokens"].shape[2:]
+    images = batches["image_at"].shape[2] if "image_at" in batches else 1
+    tiles = views // images if images else 1
+    return Request(tiles, text, batches["prefix"].shape[2], questions, images)
+
+
+def mean_load(loads: Sequence[Load]) -> Load:
+    """The mean of the loads of some steps, on the same devices."""
+    flops = [load.flops for load in loads if load.flops is not None]
+    return replace(
+        loads[0],
+        images=float(np.mean([load.images for load in loads])),
+        tokens=float(np.mean([load.tokens for load in loads])),
+        flops=float(np.mean(flops)) if len(flops) == len(loads) else None,
+    )
 
 
 def memory_of(devices: Iterable[Any]) -> dict[str, float]:
@@ -92,18 +131,18 @@ def memory_of(devices: Iterable[Any]) -> dict[str, float]:
 class Pace:
     """The clock of a stage's steps; the first step, which compiles, is not in it.
 
-    `tick` marks the end of a step; what stands in `waiting` and `aside` belongs to the step that is
-    under way.
+    `tick` marks the end of a step; what stands in `waiting`, `aside` and `compiling` belongs to the
+    step that is under way; the latter two are not counted as its time.
     """
 
     def __init__(self, clock: Clock = time.perf_counter):
         self.clock = clock
         self.times: list[float] = []
         self.last: float | None = None
-        self.waited = self.apart = 0.0
+        self.waited = self.apart = self.compiled = 0.0
         # Since the last call of `take`.
         self.recent: list[float] = []
-        self.recent_waited = self.recent_apart = 0.0
+        self.recent_waited = self.recent_apart = self.recent_compiled = 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -119,16 +158,24 @@ class Pace:
         yield
         self.apart += self.clock() - start
 
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Time in which a step of a new shape is compiled and handed over."""
+        start = self.clock()
+        yield
+        self.compiled += self.clock() - start
+
     def tick(self) -> None:
         """Mark the end of a step."""
         now = self.clock()
         if self.last is not None:
-            seconds = now - self.last - self.apart
+            seconds = now - self.last - self.apart - self.compiled
             self.times.append(seconds)
             self.recent.append(seconds)
             self.recent_waited += self.waited
         self.recent_apart += self.apart
-        self.last, self.waited, self.apart = now, 0.0, 0.0
+        self.recent_compiled += self.compiled
+        self.last, self.waited, self.apart, self.compiled = now, 0.0, 0.0, 0.0
 
     def take(self, load: Load) -> dict[str, float]:
         """What the clock says of the steps since the last call; nothing before the second step.
@@ -146,7 +193,10 @@ class Pace:
             }
         if self.recent_apart:
             out["checkpoint_seconds"] = self.recent_apart
-        self.recent, self.recent_waited, self.recent_apart = [], 0.0, 0.0
+        if self.recent_compiled:
+            out["compile_seconds"] = self.recent_compiled
+        self.recent, self.recent_waited = [], 0.0
+        self.recent_apart = self.recent_compiled = 0.0
         return out
 
     @property

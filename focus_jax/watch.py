@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from focus_jax.heartbeat import Heartbeat
-from focus_jax.throughput import Load, Pace, memory_of
+from focus_jax.throughput import Load, Pace, mean_load, memory_of
 from focus_jax.tracing import Profile, Steps
 from focus_jax.tracker import Tracker
 
@@ -58,7 +58,8 @@ def outlets(
 class Watch:
     """Looks at a step's metrics one step late, so that the device never waits for the host.
 
-    Every `every` steps they are logged, with what the clock and the memory of `devices` say.
+    Every `every` steps they are logged, with what the clock and the memory of `devices` say; steps
+    may differ in what they report and in their load.
     Raises NonFiniteLoss naming the step and its images.
     """
 
@@ -67,14 +68,15 @@ class Watch:
         out: Outlets,
         stage: str,
         every: int,
-        load: Load,
         devices: Any = (),
         pace: Pace | None = None,
     ):
         self.out, self.stage, self.every = out, stage, every
-        self.load, self.devices = load, devices
+        self.devices = devices
         self.pace = Pace() if pace is None else pace
-        self.pending: tuple[int, Mapping[str, Array], np.ndarray] | None = None
+        self.pending: tuple[int, Mapping[str, Array], np.ndarray, Load] | None = None
+        self.loads: list[Load] = []  # of the steps since the last line, ten at least
+        self.compiled: set[Load] = set()
 
     def step(self, number: int) -> AbstractContextManager[None]:
         """All that belongs to one step; traced where a profile asks for it."""
@@ -89,30 +91,47 @@ class Watch:
         self.flush()
         return self.pace.aside()
 
-    def see(self, number: int, metrics: Mapping[str, Array], index: np.ndarray) -> None:
-        """Take in a step's metrics and the numbers of its images."""
+    def running(self, load: Load) -> AbstractContextManager[None]:
+        """Handing a step to the devices; the first one of its kind is compiled here."""
+        if load in self.compiled:
+            return nullcontext()
+        self.compiled.add(load)
+        return self.pace.compiling()
+
+    def see(
+        self,
+        number: int,
+        metrics: Mapping[str, Array],
+        index: np.ndarray,
+        load: Load,
+    ) -> None:
+        """Take in a step's metrics, the numbers of its images, and its load."""
         self.flush()
-        self.pending = (number, metrics, index)
+        self.pending = (number, metrics, index, load)
 
     def flush(self) -> None:
         """Check and log the pending step."""
         if self.pending is None:
             return
-        number, metrics, index = self.pending
+        number, metrics, index, load = self.pending
         self.pending = None
+        self.loads.append(load)
         values = {name: float(value) for name, value in metrics.items()}
         self.pace.tick()
         memory = memory_of(self.devices)
         self.beat(number, values["loss"], memory)
         self.check(number, values, index)
         if number % self.every == 0:
-            clocked = {"seconds_per_step": self.pace.median, **self.pace.take(self.load)}
+            since = mean_load(self.loads[-max(len(self.pace.recent), 1) :])
+            clocked = {"seconds_per_step": self.pace.median, **self.pace.take(since)}
             self.out.tracker.log(number, {**values, **clocked, **memory})
+            self.loads = self.loads[-10:]
 
     def beat(self, number: int, loss: float, memory: Mapping[str, float]) -> None:
         """Hand a step on to the heartbeat, which tells it in its own time."""
         seconds = self.pace.lately
-        rates = self.load.rates(seconds) if seconds else {}
+        lately = mean_load(self.loads[-min(len(self.pace.times), 10) :])
+        rates = lately.rates(seconds) if seconds else {}
         self.out.heartbeat.update(
             number, stage=self.stage, loss=loss, step_seconds=seconds,
             tokens_per_second=rates.get("tokens_per_second"), mfu=rates.get("mfu"),

@@ -1,6 +1,8 @@
 """A run's folder: config.json and tokenizer beside the checkpoints, and the data they stand for."""
 
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +13,34 @@ from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerFast
 
 from focus_jax.data import conversation
+from focus_jax.data.dialogue import DialogueSource
+from focus_jax.data.dialogue_loader import DialogueLoader
 from focus_jax.data.glyphs import vocabulary
 from focus_jax.data.loader import Loader, LoaderConfig, make_loader
 from focus_jax.data.sources import FreshSource, Source, source
 from focus_jax.data.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer
+from focus_jax.dialogues import (
+    check_stages,
+    check_vocabulary,
+    dataset_of,
+    dialogue_loader,
+    has_dialogues,
+    open_datasets,
+    tokenizer_of,
+    with_vocabulary,
+)
+from focus_jax.dialogues import (
+    image_config as image_config,  # from here too
+)
 from focus_jax.experiment import DataConfig, Experiment, TrainStage, from_json, to_json
 from focus_jax.sharding import Layout
 
 CONFIG, TOKENIZER = "config.json", "tokenizer"
 # Where a run keeps its things, how often it tells and on what it runs: these may change when it
-# goes on.
+# goes on. What a folder of dialogues holds is checked by the loader's state.
 FREE = (
-    "data.directory", "train.save_every", "train.keep", "train.log_every", "train.devices",
-    "train.mesh", "train.rules",
+    "data.directory", "data.dataset", "train.stages.dataset", "train.save_every", "train.keep",
+    "train.log_every", "train.devices", "train.mesh", "train.rules",
 )  # fmt: skip
 TEMPLATES = {template.name: template for template in conversation.TEMPLATES}
 
@@ -45,14 +62,20 @@ def open_workdir(
 ) -> tuple[Path, PreTrainedTokenizerFast, Experiment]:
     """Make or reopen a workdir for `cfg`; returns it, the tokenizer and the resolved config.
 
-    The vocabulary's size follows the tokenizer. Process 0 writes, the others return when it has.
+    The vocabulary's size follows the embedded set's tokenizer; for dialogues the model's own is
+    kept, and the tokenizer's files are copied. Process 0 writes, the others return when it has.
     Raises ValueError when the workdir belongs to another experiment, naming the first field that
     differs, and on every process when it cannot be written.
     """
     workdir = Path(workdir)
-    tokenizer = glyph_tokenizer(cfg.data)
-    decoder = replace(cfg.model.decoder, vocab_size=len(tokenizer))
-    cfg = replace(cfg, model=replace(cfg.model, decoder=decoder))
+    dialogues = has_dialogues(cfg)
+    if dialogues:
+        check_stages(cfg)
+        own = (workdir / TOKENIZER / "tokenizer.json").is_file()
+        tokenizer = tokenizer_of(cfg) if not own else load_tokenizer(workdir / TOKENIZER)
+    else:
+        tokenizer = glyph_tokenizer(cfg.data)
+        cfg = with_vocabulary(cfg, len(tokenizer))
     path = workdir / CONFIG
     if path.exists():
         check_same_run(from_json(path.read_text(encoding="utf-8"), str(path)), cfg, path)
@@ -63,6 +86,9 @@ def open_workdir(
             f"workdir {workdir} cannot be written ({error or 'process 0 tells why'}): give another "
             "--workdir, or free its disk or mend its permissions"
         ) from error
+    if dialogues:  # as every later start reads it
+        tokenizer = load_tokenizer(workdir / TOKENIZER)
+        check_vocabulary(cfg, tokenizer)
     return workdir, tokenizer, cfg
 
 
@@ -82,6 +108,13 @@ def write_workdir(
 
 def check_same_run(stored: Experiment, asked: Experiment, path: Path) -> None:
     """ValueError naming the first field that differs and shapes the parameters' history."""
+    kinds = has_dialogues(stored), has_dialogues(asked)
+    if kinds[0] != kinds[1]:  # which data set may change, but not of which kind it is
+        old, new = ("dialogues" if kind else "the embedded set" for kind in kinds)
+        raise ValueError(
+            f"{path} belongs to another run: its data were {old}, are {new}; choose another "
+            "--workdir, or use the stored settings"
+        )
     for part in ("model", "compress", "data", "train"):
         found = difference(getattr(stored, part), getattr(asked, part), part)
         if found:
@@ -94,7 +127,7 @@ def check_same_run(stored: Experiment, asked: Experiment, path: Path) -> None:
 
 def difference(old: Any, new: Any, name: str) -> tuple[str, Any, Any] | None:
     """(name, old, new) of the first place where two configs differ, fields in `FREE` left out."""
-    if old == new or name in FREE:
+    if old == new or re.sub(r"\.\d+", "", name) in FREE:
         return None
     parts: list[tuple[str, Any, Any]] = []
     if is_dataclass(old) and type(old) is type(new):
@@ -121,8 +154,23 @@ def read_workdir(workdir: str | Path) -> tuple[Experiment, PreTrainedTokenizerFa
     return config, load_tokenizer(workdir / TOKENIZER)
 
 
+def train_sources(cfg: Experiment) -> dict[str, Source | DialogueSource]:
+    """What the stages train on, by `dataset_of` a stage. Errors as of `open_built`."""
+    if has_dialogues(cfg):
+        return {**open_datasets(cfg)}
+    return {"": data_source(cfg, "train")}
+
+
 def data_source(cfg: Experiment, split: str, fresh_seed: int | None = None) -> Source:
-    """A split of the experiment's data, or images made anew from a seed of their own."""
+    """A split of the embedded data, or images made anew from a seed of their own.
+
+    ValueError for an experiment on dialogues, which have no splits.
+    """
+    if has_dialogues(cfg):
+        raise ValueError(
+            f"experiment {cfg.name!r} trains on dialogues, which have no split {split!r} with "
+            "answers to score: evaluate it with --benchmark"
+        )
     if fresh_seed is None:
         return source(cfg.data.glyphs, cfg.data.seed, split, cfg.data.directory)
     return FreshSource(cfg.data.glyphs, fresh_seed, cfg.data.glyphs.size(split))
@@ -147,13 +195,17 @@ def loader_config(
 
 def make_train_loader(
     cfg: Experiment,
-    data: Source,
+    sources: Mapping[str, Source | DialogueSource],
     tokenizer: PreTrainedTokenizerFast,
     stage: TrainStage,
     index: int,
     layout: Layout | None = None,
-) -> Loader:
-    """Endless shuffled batches for one training stage."""
+) -> Loader | DialogueLoader:
+    """Endless shuffled batches for one training stage; `sources` as `train_sources` gives them."""
+    name = dataset_of(cfg, stage)
+    data: Any = sources[name]
+    if name:
+        return dialogue_loader(cfg, data, tokenizer, stage, index, layout)
     glyphs = cfg.data.glyphs
     if stage.clutter:
         glyphs = replace(glyphs, clutter=stage.clutter)

@@ -10,11 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from focus_jax.data.conversation import Template, encode, render
 from focus_jax.data.glyphs import GlyphsConfig, cell_words
 from focus_jax.data.images import single_tile
+from focus_jax.data.iterator import Batch
 from focus_jax.data.rows import Row
 from focus_jax.data.sources import Record
 from focus_jax.data.tokenizer import token_ids
-
-Batch = dict[str, np.ndarray]
 
 # A closed vocabulary repeats its questions; this many rows of tokens are a few MB.
 _CACHED_TEXTS = 1 << 16

@@ -93,6 +93,21 @@ def to_rgb(photo: Photo, *, exif: bool, transparency: Transparency) -> Image.Ima
         return _convert(image, exif, transparency)
 
 
+def size_of(photo: bytes | str | Path, *, exif: bool) -> tuple[int, int]:
+    """(width, height) of the image that `to_rgb` would make, from the file's head alone.
+
+    Raises CorruptImage where there is no image, FileNotFoundError for a wrong path.
+    """
+    if not isinstance(photo, bytes) and not Path(photo).is_file():
+        raise FileNotFoundError(f"no image file at {photo}: check the path")
+    source = io.BytesIO(photo) if isinstance(photo, bytes) else photo
+    name = f"image of {len(photo)} bytes" if isinstance(photo, bytes) else f"image file {photo}"
+    with _naming(name), Image.open(source) as image:
+        _check_size(image)
+        turned = exif and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size[::-1] if turned else image.size
+
+
 def encode_png(image: UInt8[np.ndarray, "H W 3"], level: int = 1) -> bytes:
     """Encode RGB as PNG; level 1 is quick, 9 is small."""
     _check_array(image)

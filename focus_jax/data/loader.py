@@ -5,16 +5,15 @@ the rows of it that it holds. So the state of an iterator is one number, the sam
 and it serves any other number of them.
 """
 
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import grain
 from transformers import PreTrainedTokenizerBase
 
 from focus_jax.data.batches import Batch, BatchMaker, Shape
 from focus_jax.data.conversation import Template
 from focus_jax.data.glyphs import KINDS, GlyphsConfig
+from focus_jax.data.iterator import LoaderIterator, read_ahead
 from focus_jax.data.loader_config import LoaderConfig
 from focus_jax.data.rows import BadImages, EvalRows, TrainRows
 from focus_jax.data.sources import Record, Source
@@ -95,13 +94,8 @@ class Loader:
         """Batches that hold one pass; the last of them is padded, or shared with the next pass."""
         return self._rows.steps
 
-    def __iter__(self) -> "LoaderIterator":
-        threads = self._config.threads
-        options = grain.ReadOptions(
-            num_threads=threads, prefetch_buffer_size=self._config.prefetch if threads else 0
-        )
-        batches = grain.MapDataset.source(range(self._rows.total)).map(self._batch)
-        return LoaderIterator(iter(batches.to_iter_dataset(options)), self._fingerprint())
+    def __iter__(self) -> LoaderIterator:
+        return read_ahead(self._batch, self._rows.total, self._config, self._fingerprint())
 
     def gold(self, batch: Batch) -> list[list[Gold | None]]:
         """The strings behind a batch, [B][Q]; None where `row_valid` is False."""
@@ -130,43 +124,6 @@ class Loader:
             "seed": config.seed,
             "shuffle": config.shuffle,
         }
-
-
-class LoaderIterator(Iterator[Batch]):
-    """Batches in order, from a position that can be stored."""
-
-    def __init__(self, batches: grain.DatasetIterator, fingerprint: dict[str, Any]):
-        self._batches = batches
-        self._fingerprint = fingerprint
-
-    def __next__(self) -> Batch:
-        return next(self._batches)
-
-    def get_state(self) -> dict[str, Any]:
-        """The position, as JSON: equal on all processes, exact whatever has been prefetched.
-
-        It serves any number of processes.
-        """
-        return {"order": dict(self._fingerprint), "grain": self._batches.get_state()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continue where `get_state` was called. Raises ValueError for another order of data."""
-        order = state.get("order", {})
-        changed = [
-            f"{name} was {order.get(name)!r}, is {self._fingerprint.get(name)!r}"
-            for name in self._fingerprint | order
-            if order.get(name) != self._fingerprint.get(name)
-        ]
-        if changed:
-            raise ValueError(
-                f"loader: this state belongs to another order of data ({'; '.join(changed)}):"
-                " restore with the same settings, or start a new pass"
-            )
-        self._batches.set_state(state["grain"])
-
-    def close(self) -> None:
-        """Stop the threads that read ahead."""
-        self._batches.close()
 
 
 def _gold(record: Record, number: int) -> Gold:

@@ -5,15 +5,18 @@ equally many batches: neither a remainder nor an unreadable image lets one run a
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import TypeVar
 
 import numpy as np
 
 from focus_jax.data.images import CorruptImage, decode
-from focus_jax.data.loader_config import LoaderConfig
+from focus_jax.data.loader_config import LoaderConfig, ReadingConfig
 from focus_jax.data.sources import Record, Source
+
+T = TypeVar("T")
 
 # Purposes of random draws: each has its own stream for a seed.
 _ORDER, _QUESTIONS, _SUBSTITUTE = range(3)
@@ -53,10 +56,13 @@ class BadImages:
         with self._lock:
             return tuple(sorted(self._found))
 
-    def decode(self, index: int, record: Record) -> np.ndarray | None:
-        """An example's image, or None, counted, if it is corrupt. ValueError past the limit."""
+    def read(self, index: int, decoded: Callable[[], T]) -> T | None:
+        """What `decoded` makes of an example's images, or None, counted, if one is corrupt.
+
+        ValueError past the limit.
+        """
         try:
-            return decode(record["image"])
+            return decoded()
         except CorruptImage as error:
             with self._lock:
                 self._found.add(index)
@@ -115,7 +121,7 @@ class TrainRows:
         index = wanted
         for _ in range(_SUBSTITUTES):
             record = self._source[index]
-            image = self._bad.decode(index, record)
+            image = self._bad.read(index, partial(decode, record["image"]))
             if image is not None:
                 return index, record, image
             index = int(self._order(epoch)[rng.integers(len(self._source))])
@@ -165,10 +171,10 @@ class EvalRows:
                 " evaluation needs equally many for every image"
             )
         asked = [question] if self._config.flat else list(range(self._stored))
-        image = self._bad.decode(index, record)
+        image = self._bad.read(index, partial(decode, record["image"]))
         return Row(index, record, image, asked, valid=real and image is not None)
 
 
-def places_of(config: LoaderConfig, number: int) -> list[int]:
+def places_of(config: ReadingConfig, number: int) -> list[int]:
     """The places, counted over the whole job's batches, of this process's rows of one of them."""
     return [number * config.batch + row for row in config.held]

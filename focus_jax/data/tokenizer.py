@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Digits, Punctuation, WhitespaceSplit
 from tokenizers.pre_tokenizers import Sequence as Pipeline
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
 
@@ -90,6 +90,17 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
     except Exception as error:
         reason = re.sub(r"\s+", " ", str(error))
         raise ValueError(f"{file} is damaged ({reason}): write it again") from error
+
+
+def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of any checkpoint's directory. FileNotFoundError where there is none."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    if not any((directory / name).is_file() for name in names):
+        raise FileNotFoundError(
+            f"no tokenizer in {directory} ({', '.join(names)}): copy its files there, or name the "
+            "directory of another one as tokenizer"
+        )
+    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
 
 
 def _pieces() -> Pipeline:

@@ -55,7 +55,8 @@ class Inputs(NamedTuple):
     own words. `label`: supervised tokens (all False for a prompt). `row_valid`: rows of a tile
     that belong to the unpadded grid; without it, those with a valid patch. `image_at`: I images in
     one prompt, each with M / I tiles, at rising places: how many of the question's tokens (Q = 1)
-    stand before each. A sample with fewer images has no valid patch in the others.
+    stand before each. A sample with fewer images has no valid patch in the others. M = 0 is text
+    alone, with I = 0.
     """
 
     pixels: UInt8[Array, "B M S S 3"]
@@ -175,9 +176,12 @@ class VLM(nnx.Module):
     def see(self, inputs: Inputs, ctx: Context) -> tuple[VisualTokens, Aux]:
         """Tower, vision stage, projector: visual tokens in the decoder's width.
 
-        Images of one prompt are seen apart from each other and stand one behind another.
+        Images of one prompt are seen apart from each other and stand one behind another. Text alone
+        passes no tower and no sampler, which then report nothing.
         """
-        stage, b = self.method.vision, inputs.pixels.shape[0]
+        stage, (b, m) = self.method.vision, inputs.pixels.shape[:2]
+        if not m:
+            return no_visual(b, self.cfg), empty_aux()
         views = self.look(inputs)
         dims = dims_of(self.cfg, views.features.shape[1])
         module = self.samplers.get("vision")
@@ -228,7 +232,7 @@ class VLM(nnx.Module):
         """Embed the text and give every token its position (contiguous without `places`)."""
         b, v = visual.valid.shape
         zeros = partial(jnp.zeros, dtype=jnp.int32)
-        at = zeros((b, 1)) if inputs.image_at is None else inputs.image_at
+        at = zeros((b, 1)) if inputs.image_at is None or not v else inputs.image_at
         instruction = inputs.instruction & inputs.token_valid
         streams = renumber(
             Streams(
@@ -260,7 +264,7 @@ class VLM(nnx.Module):
     def rated(self, s: Streams) -> Streams:
         """Streams at the decoder's entry with the raters that the method's cuts choose."""
         cut = self.method.rater
-        if cut is None:
+        if cut is None or not s.visual.shape[1]:
             return s
         asking = s.prompt if cut.raters == "text" else s.instruction
         return s._replace(raters=cut.rate(Entry(s.visual, s.visual_valid, s.token, asking)))
@@ -295,12 +299,12 @@ class VLM(nnx.Module):
     def cut(
         self, s: Streams, stage: int, entering: int, ctx: Context, before: Streams | None = None
     ) -> tuple[Streams, Aux]:
-        """Apply the method's cut at the entry of `stage`, if there is one.
+        """Apply the method's cut at the entry of `stage`, if there is one and anything to cut.
 
         `before`: the streams that the stage before it ran on, for a cut that looks back.
         """
         cut: Cut | None = self.method.cut_before(stage)
-        if cut is None:
+        if cut is None or not s.visual.shape[1]:
             return s, empty_aux()
         slots = min(cut.slots(entering, ctx.train), s.visual.shape[1])
         ctx = ctx._replace(key=block_key(ctx, f"cut{cut.layer}"))
@@ -411,6 +415,16 @@ class VLM(nnx.Module):
         if self.lacking(stage) is None or not s.visual.shape[1]:
             return None
         return is_visual(packed, s)
+
+
+def no_visual(batch: int, cfg: ModelConfig) -> VisualTokens:
+    """The visual stream of text alone: V = 0."""
+    some = (batch, 0)
+    return VisualTokens(
+        features=jnp.zeros((*some, cfg.decoder.width), cfg.compute_dtype),
+        valid=jnp.zeros(some, bool), centre=jnp.zeros((*some, 2)), side=jnp.zeros(some),
+        view=jnp.zeros(some, jnp.int32), newline=jnp.zeros(some, bool),
+    )  # fmt: skip
 
 
 def every_dims(cfg: ModelConfig) -> list[Dims]:

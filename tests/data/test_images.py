@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from focus_jax.data.images import CorruptImage, decode, encode_png, single_tile, to_rgb
+from focus_jax.data.images import (
+    CorruptImage,
+    decode,
+    encode_png,
+    single_tile,
+    size_of,
+    to_rgb,
+)
 
 
 def noise(height, width):
@@ -40,6 +47,21 @@ def test_orientation_is_applied_when_asked_for(orientation):
     np.testing.assert_array_equal(decode(encoded), noise(6, 9))
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
     np.testing.assert_array_equal(decode(encoded, exif=True), np.asarray(upright))
+    assert size_of(encoded, exif=True) == upright.size
+    assert size_of(encoded, exif=False) == (9, 6)
+
+
+def test_a_size_needs_the_head_alone(tmp_path):
+    encoded = saved(Image.fromarray(noise(40, 70)), "JPEG")
+    path = tmp_path / "half.jpg"
+    path.write_bytes(encoded[: len(encoded) // 2])
+    assert size_of(path, exif=False) == (70, 40)
+    with pytest.raises(CorruptImage, match="half"):
+        to_rgb(path, exif=False, transparency="drop")
+    with pytest.raises(CorruptImage, match="image of 7 bytes"):
+        size_of(b"nothing", exif=False)
+    with pytest.raises(FileNotFoundError, match=r"none\.jpg"):
+        size_of(tmp_path / "none.jpg", exif=False)
 
 
 def test_transparent_pixels_are_dropped_or_laid_on_white():
