@@ -1,4 +1,4 @@
-"""Score a trained run: python eval.py --checkpoint runs/a [--method random:keep=0.25] [flags]."""
+"""Score a checkpoint: python eval.py --checkpoint DIR [--method M] [--benchmark B --data DIR]."""
 
 import sys
 

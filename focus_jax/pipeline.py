@@ -1,7 +1,6 @@
 """A checkpoint as a value to ask: weights, tokenizer, preprocessing, prompt template, method."""
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,34 +10,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from focus_jax import hf
+from focus_jax import hf, workdir
 from focus_jax.chat import Chat
 from focus_jax.compilation import keep_compiled
 from focus_jax.compress.baselines import full
 from focus_jax.compress.method import Method
 from focus_jax.config import DTypeName, ModelConfig
 from focus_jax.data.conversation import (
-    CHATML,
     IMAGE,
-    LLAMA3,
-    MISTRAL,
-    VICUNA_V1,
     Prompt,
+    Rendered,
     Template,
     encode_prompt,
     place_images,
     render,
 )
 from focus_jax.data.images import Photo, Tiles
-from focus_jax.data.preprocess import ImageConfig, LayoutName, preprocess_many
+from focus_jax.data.preprocess import ImageConfig, preprocess_many
+from focus_jax.data.tokenizer import read_tokenizer
+from focus_jax.experiment import CompressConfig, usual_samplers
 from focus_jax.generate import Generator, texts
-from focus_jax.methods import method_from_json, method_to_json
-from focus_jax.models.params import Leaf, canonical, named_leaves, with_method
-from focus_jax.models.vlm import VLM
+from focus_jax.methods import method_from_json, method_to_json, parse_method
+from focus_jax.models.params import (
+    Leaf,
+    canonical,
+    named_leaves,
+    with_method,
+)
+from focus_jax.models.vlm import VLM, Inputs
+from focus_jax.pipeline_files import (
+    digest,
+    for_generating,
+    image_config,
+    is_run,
+    run_images,
+    samplers_of,
+    stop_tokens,
+    template_of,
+)
 from focus_jax.prompts import check_context, make_inputs
 from focus_jax.sampling import Sampling
+from focus_jax.sharding import Layout, put_batch
 
 Images = Sequence[Photo | Sequence[Photo]] | None
 
@@ -61,6 +75,12 @@ class Pipeline:
     template: Template
     stop: tuple[int, ...] = ()
     source: Path | None = field(default=None, repr=False)
+    # What the weights are called: their directory, and the step where it is a run's.
+    name: str = ""
+    # Tells them from others that lay there before or come later (`pipeline_files.digest`).
+    weights: str = field(default="", repr=False)
+    # The samplers that a method's name stands for; None: the paper's proportions.
+    samplers: CompressConfig | None = field(default=None, repr=False)
 
     def generate(self, prompts: Sequence[str], images: Images = None, **settings: Any) -> list[str]:
         """Answers to prompts, in their order; settings and errors as in `answers`."""
@@ -97,9 +117,9 @@ class Pipeline:
         rows: list[np.ndarray] = []
         for first in range(0, len(prompts), batch or len(prompts) or 1):
             part = slice(first, first + (batch or len(prompts)))
-            inputs = make_inputs(self.vlm.cfg, encoded[part], tiles[part])
+            inputs = self.inputs(encoded[part], tiles[part])
             key = jax.random.fold_in(jax.random.key(seed), first)
-            rows += list(np.asarray(generate(inputs, key)))
+            rows += list(np.asarray(generate(inputs, key)))[: len(encoded[part])]
         said = texts(self.tokenizer, rows)
         return [
             Answer(text.strip(), tuple(int(t) for t in row if t >= 0))
@@ -131,7 +151,12 @@ class Pipeline:
         """
         cfg = self.vlm.cfg
         fresh = random_samplers(cfg, method) if init_samplers else None
-        return replace(self, vlm=with_method(cfg, self.tree(), method, fresh))
+        return replace(self, vlm=with_method(cfg, self.tree(), method, fresh, self.vlm.layout))
+
+    def method(self, text: str) -> Method:
+        """The method that `text` names, such as `random:keep=0.25`; `focusllava` has the
+        checkpoint's own samplers where it has some."""
+        return parse_method(text, self.samplers or usual_samplers(self.vlm.cfg))
 
     def save(self, directory: str | Path) -> None:
         """Write the base as a Hugging Face directory, the method and its samplers beside it.
@@ -161,11 +186,26 @@ class Pipeline:
         """A user's text as the model's prompt. ValueError for an empty one."""
         if not text.replace(IMAGE, "").strip():
             raise ValueError("the prompt is empty: ask something")
-        text = place_images(text, images)
         if literal:
+            text = place_images(text, images)
             return encode_prompt(self.tokenizer, text, [(0, len(text))])
-        rendered = render(self.template, [(text, None)], with_answers=False, image=False)
+        rendered = self.rendered(text, images)
         return encode_prompt(self.tokenizer, rendered.text, rendered.instruction_spans)
+
+    def rendered(self, text: str, images: int) -> Rendered:
+        """A user's text in the template, "<image>" where each image stands."""
+        placed = place_images(text, images)
+        return render(self.template, [(placed, None)], with_answers=False, image=False)
+
+    def inputs(self, prompts: Sequence[Prompt], tiles: Sequence[Sequence[Tiles]]) -> Inputs:
+        """A batch where the model lies; copies of the first prompt make it divide over devices."""
+        layout = self.vlm.layout
+        if layout is None:
+            return make_inputs(self.vlm.cfg, prompts, tiles)
+        rows = [*range(len(prompts)), *[0] * (-len(prompts) % layout.ways("batch"))]
+        whole = make_inputs(self.vlm.cfg, [prompts[i] for i in rows], [tiles[i] for i in rows])
+        arrays = {name: np.asarray(array) for name, array in whole._asdict().items()}
+        return Inputs(**put_batch(arrays, layout))
 
     def tiles(self, photos: Sequence[Sequence[Photo]]) -> list[list[Tiles]]:
         """Preprocessed photos, as nested as they came. CorruptImage names one that is none."""
@@ -229,27 +269,41 @@ def load(
     vision_tower: str | Path | None = None,
     tokenizer: str | Path | None = None,
     attention: Literal["xla", "chunked", "blocked", "cudnn"] | None = None,
-    sharding: Callable[..., Any] | None = None,
+    layout: Layout | None = None,
 ) -> Pipeline:
-    """Read a LLaVA checkpoint: a directory, or a name on the Hugging Face hub.
+    """Read a LLaVA checkpoint: a directory, or a name on the Hugging Face hub; or a training run.
 
     dtype: of the weights, and of products unless `compute_dtype` says otherwise; None is float32 on
     CPUs, whose bfloat16 products are slow, else bfloat16. method: the
     checkpoint's own where it was saved with one, else all visual tokens. images: preprocessing as
     LLaVA's code does it, or as Hugging Face's. vision_tower, tokenizer: directories of these where
     the checkpoint's own lacks them (LLaVA's own layout). attention: None is `blocked` on CPUs,
-    else `xla`; NVIDIA GPUs have `cudnn`.
+    else `xla`; NVIDIA GPUs have `cudnn`. layout: where parameters and batches lie over devices
+    (`sharding.make_layout`); each device reads its own part. A run of train.py has its own method,
+    template, tokenizer and preprocessing; its newest checkpoint is read.
     """
     keep_compiled()
     directory, on_cpu = hf.resolve(name), jax.default_backend() == "cpu"
     dtype = dtype or ("float32" if on_cpu else "bfloat16")
-    cfg, tree = hf.read(
-        directory, param_dtype=dtype, compute_dtype=compute_dtype or dtype,
-        vision_tower=vision_tower, sharding=sharding, stacked=False,
-    )  # fmt: skip
     if attention is None:
         attention = "blocked" if on_cpu else "xla"
-    cfg = replace(cfg, attention=attention)
+    numbers: dict[str, Any] = {
+        "param_dtype": dtype, "compute_dtype": compute_dtype or dtype, "attention": attention,
+        "stacked": False, "remat": "none",
+    }  # fmt: skip
+    if is_run(directory):
+        if vision_tower or tokenizer or images != "original":
+            raise ValueError(
+                f"{directory} is a training run, which has its tower, tokenizer and preprocessing: "
+                "leave vision_tower, tokenizer and images out"
+            )
+        return load_run(directory, numbers, method, init_samplers, template, layout)
+    cfg, tree = hf.read(
+        directory, param_dtype=dtype, compute_dtype=compute_dtype or dtype,
+        vision_tower=vision_tower, sharding=None if layout is None else layout.stored,
+        stacked=False,
+    )  # fmt: skip
+    cfg = replace(cfg, **numbers)
     if method is None:
         saved = hf.read_method(directory)
         method = full() if saved is None else method_from_json(saved)
@@ -257,71 +311,52 @@ def load(
     words = read_tokenizer(Path(tokenizer or directory))
     template = template or template_of(directory, words)
     return Pipeline(
-        vlm=with_method(cfg, tree, method, fresh),
+        vlm=with_method(cfg, tree, method, fresh, layout),
         tokenizer=words,
         images=image_config(directory, cfg, images),
         template=template,
         stop=stop_tokens(directory, words, template),
         source=directory,
+        name=str(directory.resolve()),
+        weights=digest([directory, *([Path(vision_tower)] if vision_tower else [])]),
+        samplers=samplers_of(cfg, hf.read_method(directory)),
     )
 
 
-def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory. FileNotFoundError where there is none."""
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    if not any((directory / name).is_file() for name in names):
-        raise FileNotFoundError(
-            f"no tokenizer in {directory} ({', '.join(names)}): copy its files there, or give the "
-            "directory of another checkpoint as tokenizer="
-        )
-    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+def load_run(
+    directory: Path,
+    numbers: dict[str, Any],
+    method: Method | None = None,
+    init_samplers: Literal["", "random"] = "",
+    template: Template | None = None,
+    layout: Layout | None = None,
+) -> Pipeline:
+    """A run's newest checkpoint; `numbers`: fields of its `ModelConfig` for generating.
 
-
-def image_config(directory: Path, cfg: ModelConfig, mode: Literal["original", "hf"]) -> ImageConfig:
-    """How a checkpoint's photos become tiles; one in LLaVA's own layout tells it in config.json."""
-    files = ("preprocessor_config.json", "processor_config.json")
-    if any((directory / name).is_file() for name in files):
-        return ImageConfig.from_hf(directory, mode=mode)
-    if mode == "hf":
-        raise FileNotFoundError(f"no {' or '.join(files)} in {directory}: use images='original'")
-    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    layouts: dict[str, LayoutName] = {"pad": "pad", "anyres": "anyres"}
-    layout = layouts.get(settings.get("image_aspect_ratio", ""), "crop")
-    size = cfg.vision.image_size
-    grids = cfg.grids if layout == "anyres" else ()
-    red, green, blue = (int(mean * 255) for mean in cfg.vision.pixel_mean)
-    return ImageConfig(
-        layout=layout,
-        size=size,
-        patch=cfg.vision.patch_size,
-        pinpoints=tuple((cols * size, rows * size) for rows, cols in grids),
-        background=(red, green, blue),
-    )
-
-
-def template_of(directory: Path, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The conversation format that a checkpoint was tuned with, told by its special tokens.
-
-    Mistral's is told by the decoder's kind; Vicuna's stands for all that have none of their own.
+    ValueError: a run whose prompts have no question.
     """
-    for template, mark in ((LLAMA3, "<|eot_id|>"), (CHATML, "<|im_end|>")):
-        if mark in tokenizer.all_special_tokens or mark in tokenizer.get_added_vocab():
-            return template
-    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    kinds = (settings.get("model_type", ""), settings.get("text_config", {}).get("model_type", ""))
-    return MISTRAL if any("mistral" in kind for kind in kinds) else VICUNA_V1
+    from focus_jax.evaluate.runner import read_run
 
-
-def stop_tokens(
-    directory: Path, tokenizer: PreTrainedTokenizerBase, template: Template
-) -> tuple[int, ...]:
-    """Tokens that end an answer: the tokenizer's, the template's, the generation settings'."""
-    found = {tokenizer.eos_token_id}
-    end = tokenizer(template.end.strip(), add_special_tokens=False)["input_ids"]
-    if len(end) == 1:
-        found.add(end[0])
-    settings = directory / "generation_config.json"
-    if settings.is_file():
-        ids = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
-        found.update(ids if isinstance(ids, list) else [ids])
-    return tuple(sorted(int(token) for token in found if token is not None))
+    run = read_run(directory, layout)
+    data, last = run.config.data, run.config.train.stages[-1]
+    template = template or workdir.TEMPLATES[last.template or data.template]
+    if template.caption_only:
+        raise ValueError(
+            f"{directory} was trained on captions (template {template.name}), to which no question "
+            "belongs: give another template"
+        )
+    cfg = replace(run.config.model, **numbers)
+    # Each is let go as soon as it is cast, so that both trees are never whole at once.
+    tree = {name: for_generating(name, run.tree.pop(name), cfg) for name in list(run.tree)}
+    method = run.config.compress.value() if method is None else method
+    fresh = random_samplers(cfg, method) if init_samplers else None
+    return Pipeline(
+        vlm=with_method(cfg, tree, method, fresh, layout),
+        tokenizer=run.tokenizer,
+        images=run_images(run.config),
+        template=template,
+        stop=stop_tokens(directory, run.tokenizer, template),
+        name=f"{directory.resolve()} step {run.step}",
+        weights=digest([directory / "checkpoints" / str(run.step)]),
+        samplers=run.config.compress,
+    )

@@ -40,7 +40,21 @@ def make_inputs(
             )
     most = max((len(own) for own in images), default=0) or 1
     tiles = max((len(tile.pixels) for own in images for tile in own), default=1)
-    arrays = empty(cfg, len(prompts), bucket(max(len(p.ids) for p in prompts)), most, tiles)
+    text = bucket(max(len(p.ids) for p in prompts))
+    arrays = make_arrays(cfg, prompts, images, text, most, tiles)
+    return Inputs(**{name: jnp.asarray(array) for name, array in arrays.items()})
+
+
+def make_arrays(
+    cfg: ModelConfig,
+    prompts: Sequence[Prompt],
+    images: Sequence[Sequence[Tiles]],
+    text: int,
+    most: int,
+    tiles: int,
+) -> Arrays:
+    """The arrays of `Inputs`: text padded to `text` tokens, `most` images of `tiles` tiles."""
+    arrays = empty(cfg, len(prompts), text, most, tiles)
     for row, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
         write_text(arrays, row, prompt)
         for number, tile in enumerate(own):
@@ -48,7 +62,7 @@ def make_inputs(
     for name in ("pixels", "patch_valid", "origin", "row_valid"):
         shape = arrays[name].shape
         arrays[name] = arrays[name].reshape(shape[0], most * tiles, *shape[3:])
-    return Inputs(**{name: jnp.asarray(array) for name, array in arrays.items()})
+    return arrays
 
 
 def empty(cfg: ModelConfig, b: int, text: int, images: int, tiles: int) -> Arrays:

@@ -35,6 +35,7 @@ def cases_beside() -> dict[str, Path]:
         ("rtol 2e-2, atol 1e-6", Tolerance(1e-6, 2e-2)),
         ("atol 4e-3 (float16 rounding); else atol 0.5 on 1 % of the pixels", Tolerance(4e-3)),
         ("atol 0.03", Tolerance(0.03)),
+        ("1e-6", Tolerance(1e-6)),
     ],
 )
 def test_words_of_a_tolerance(text, tolerance):
@@ -213,7 +214,7 @@ def test_knobs_of_visual_compute():
 
 
 def test_an_unknown_variant_is_refused():
-    case = read(CASES["prumerge/plus_fixed"])
+    case = read(CASES["prumerge/plus_adaptive"])
     other = case._replace(info=case.info | {"knobs": case.knobs | {"variant": "pro"}})
     with pytest.raises(ValueError, match="variant 'pro': known are plain, plus"):
         vision.replay_prumerge(other)
@@ -230,7 +231,7 @@ def test_our_cases(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in cases_beside() if "metrics" not in name])
+@pytest.mark.parametrize("name", cases_beside())
 def test_cases_beside_the_repository(name):
     verdict = check(cases_beside()[name])
     assert verdict.status == "passed", verdict.line(name)

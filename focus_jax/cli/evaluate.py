@@ -1,4 +1,7 @@
-"""`eval.py`: a trained run's score with any method, as a Markdown table, JSON and answers."""
+"""`eval.py`: a checkpoint's score with any method, as a Markdown table, JSON and answers.
+
+On the embedded set for runs of it; with --benchmark on the field's (evaluate_benchmarks.py).
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -6,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from focus_jax.cli import evaluate_benchmarks
 from focus_jax.cli.arguments import Meter, Parser, argv_or, not_negative, positive
 from focus_jax.cli.common import add_process_flags, friendly, joined
 from focus_jax.data.glyph_config import SPLITS
@@ -19,8 +23,9 @@ from focus_jax.sharding import make_layout
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a run. Exit 0 when all questions were answered."""
     flags = parser().parse_args(argv_or(argv))
+    evaluate_benchmarks.check_flags(flags)
     with joined(flags, preemptible=False):
-        score(flags)
+        (evaluate_benchmarks.score if flags.benchmark else score)(flags)
     return 0
 
 
@@ -40,12 +45,18 @@ def score(flags: argparse.Namespace) -> None:
 
 def parser() -> Parser:
     """The flags of `eval.py`."""
-    out = Parser("eval.py", description="Score a trained run with any compression method.")
-    out.add_argument("--checkpoint", required=True, metavar="WORKDIR", help="a run of train.py")
-    out.add_argument("--method", metavar="M", help="e.g. random:keep=0.25; default: the run's own")
+    out = Parser("eval.py", description="Score a checkpoint with any compression method.")
+    out.add_argument(
+        "--checkpoint", required=True, metavar="DIR",
+        help="a run of train.py; with --benchmark also a LLaVA checkpoint, or its name on the hub",
+    )  # fmt: skip
+    out.add_argument("--method", metavar="M", help="e.g. random:keep=0.25; default: its own")
     out.add_argument("--split", choices=SPLITS, help="default: the run's eval.split")
     out.add_argument("--data-seed", type=not_negative, metavar="N", help="images made anew")
-    out.add_argument("--limit", type=not_negative, default=0, metavar="N", help="images, 0: all")
+    out.add_argument(
+        "--limit", type=not_negative, default=0, metavar="N",
+        help="the first images (embedded set) or questions, 0: all",
+    )  # fmt: skip
     out.add_argument("--batch", type=positive, default=0, metavar="N", help="questions at a time")
     out.add_argument(
         "--mesh", default="data", metavar="M",
@@ -57,6 +68,7 @@ def parser() -> Parser:
         "--init-samplers", choices=("random",), default="",
         help="fresh weights where a learned method has none in the checkpoint",
     )  # fmt: skip
+    evaluate_benchmarks.add_flags(out)
     add_process_flags(out)
     return out
 

@@ -43,6 +43,10 @@ class Rating(NamedTuple):
 
 Rate = Callable[[Sample, str, Protocol], Rating]
 Summarise = Callable[[Sequence[Sample], Sequence[Rating], Protocol], Figures]
+# What the file holds that a benchmark's server takes, from its folder, samples and answers.
+Submission = Callable[
+    [Path, Sequence[Sample], Sequence[str]], list[dict[str, Any]] | dict[str, Any]
+]
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,10 @@ class Benchmark:
     LLaVA's evaluation layout or lmms-eval's parquet files, whichever is there; FileNotFoundError
     names what was looked for. `rate`: one answer. `summarise`: figures on the scale that papers
     print, `headline` among them. `is_mean`: the headline is 100 x the mean of the ratings' scores.
-    `published`: a model's figure by its name. `judge`: for benchmarks that a language model rates,
-    what to do with the answer file; they have no figures of their own.
+    `scale`: the most that the headline can be.
+    `submission`: the file for the benchmark's own server, where samples have no gold answers and
+    `summarise` gives no figures. `published`: a model's figure by its name. `judge`: for benchmarks
+    that a language model rates, what to do with the answer file; they have no figures of their own.
     """
 
     name: str
@@ -65,9 +71,11 @@ class Benchmark:
     summarise: Summarise
     headline: str = "accuracy"
     is_mean: bool = True
+    scale: float = 100.0
     max_new_tokens: int = 128
     published: Mapping[str, float] = field(default_factory=dict)
     judge: str = ""
+    submission: Submission | None = None
     # Other names of its folder below the data's root.
     folders: tuple[str, ...] = ()
 

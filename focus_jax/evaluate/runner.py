@@ -26,10 +26,8 @@ from focus_jax.evaluate.metrics import by_kind, exact_match
 from focus_jax.experiment import Experiment
 from focus_jax.generate import Generator, texts
 from focus_jax.methods import parse_method
-from focus_jax.models.params import (
-    initialise,
-    with_method,
-)
+from focus_jax.models.lora import merged, without_lora
+from focus_jax.models.params import initialise, with_method
 from focus_jax.models.vlm import VLM, dims_of, sizes_of
 from focus_jax.objectives import inputs_of
 from focus_jax.sampling import Sampling
@@ -130,6 +128,7 @@ class Trained:
 def read_run(workdir: str | Path, layout: Layout | None = None) -> Trained:
     """A run's newest checkpoint with its config; each device reads its own part of `layout`.
 
+    Low-rank updates are added to their kernels, and the config has none.
     FileNotFoundError says what is missing.
     """
     config, tokenizer = read_workdir(workdir)
@@ -137,6 +136,8 @@ def read_run(workdir: str | Path, layout: Layout | None = None) -> Trained:
     tree, _ = load_params(folder, place=None if layout is None else layout.stored)
     with Checkpoints(folder, keep=1) as checkpoints:
         step = checkpoints.latest()
+    tree = merged(tree, config.model.lora)
+    config = replace(config, model=without_lora(config.model))
     return Trained(Path(workdir), config, tokenizer, tree, step or 0, layout)
 
 

@@ -1,7 +1,7 @@
 """A recorded case: what another implementation computed of given inputs, in a directory.
 
 `case.json` names the method, its knobs and every array; `arrays.npz` holds them; `config.json` and
-`model.safetensors` are a network's, where one was run.
+`model.safetensors` are a network's, where one was run; `items.json` has a metric's items.
 """
 
 import os

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from focus_jax.golden import anyres, cuts, vision, yopo
+from focus_jax.golden import anyres, cuts, metrics, vision, yopo
 from focus_jax.golden.case import CASE, Recorded, read
 from focus_jax.golden.tolerance import Difference, compare, parse, tolerance_of
 from focus_jax.hf_config import read_json
@@ -28,6 +28,7 @@ class Kind(NamedTuple):
 METHODS: Mapping[str, Kind] = {
     "anyres": Kind(anyres.replay, anyres.GIVEN),
     "fastv": Kind(cuts.replay, cuts.GIVEN),
+    "metrics": Kind(metrics.replay, metrics.GIVEN),
     "prumerge": Kind(vision.replay_prumerge, vision.GIVEN),
     "pyramiddrop": Kind(cuts.replay, cuts.GIVEN),
     "sparsevlm": Kind(cuts.replay, cuts.GIVEN),

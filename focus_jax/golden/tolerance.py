@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-NUMBER = re.compile(r"\b(atol|rtol)\s*=?\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?)", re.IGNORECASE)
+VALUE = r"\d+(?:\.\d*)?(?:e[+-]?\d+)?"
+NUMBER = re.compile(rf"\b(atol|rtol)\s*=?\s*({VALUE})", re.IGNORECASE)
 # What is relative where a case says nothing, by a word of its name: probabilities, shares of them.
 RELATIVE = {"score", "scores", "attn", "attention", "threshold", "ratio", "percentiles", "q1_q3"}
 
@@ -48,11 +49,14 @@ class Difference(NamedTuple):
 def parse(stated: Mapping[str, str]) -> dict[str, Tolerance]:
     """Tolerances by the names that a case gives them: `exact`, `atol 2e-4, rtol 1e-4`, `the same`.
 
-    What stands behind a semicolon or in brackets is a remark. ValueError: words without a meaning.
+    A number alone (`1e-6`) is absolute. What stands behind a semicolon or in brackets is a remark.
+    ValueError: words without a meaning.
     """
     out: dict[str, Tolerance] = {}
     for name, text in stated.items():
         rule = re.split(r"[;(]", str(text))[0].strip()
+        if re.fullmatch(VALUE, rule, re.IGNORECASE):
+            rule = f"atol {rule}"
         numbers = {kind.lower(): float(value) for kind, value in NUMBER.findall(rule)}
         if numbers:
             out[name] = Tolerance(**numbers)

@@ -110,7 +110,7 @@ def wrong(tmp_path_factory):
     copy(tiles, root / "removed", pad2=None)
     copy(tiles, root / "input", image0=None)
     copy(table, root / "unknown_array", more=np.zeros(2))
-    copy(table, root / "method", case={"method": "metrics"})
+    copy(table, root / "method", case={"method": "scores"})
     copy(table, root / "nameless", case={"method": None})
     copy(table, root / "words", case={"tolerances": {"table": "roughly"}})
     (copy(table, root / "corrupt") / "arrays.npz").write_bytes(b"PK\x03\x04 no archive")
@@ -157,7 +157,7 @@ def test_the_array_that_differs_is_named(wrong):
         ("removed", "pad2 is listed but was not recorded"),
         ("input", "has no image0, which is needed to run it"),
         ("unknown_array", "more not compared: nothing here computes it"),
-        ("method", "method 'metrics' is not supported: known are anyres, fastv"),
+        ("method", "method 'scores' is not supported: known are anyres, fastv"),
         ("nameless", "lacks a method's name"),
         ("words", "tolerances.table is 'roughly'"),
         ("corrupt", "arrays.npz cannot be read"),

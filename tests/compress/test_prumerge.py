@@ -1,6 +1,6 @@
 """PruMerge against the official code's outputs and against loops over the patches of a tile.
 
-`plus_adaptive` runs the tower as well; the other cases begin behind it.
+`plus_adaptive` runs the tower as well; `plus_fixed` begins behind it: its arrays alone are kept.
 """
 
 from dataclasses import replace

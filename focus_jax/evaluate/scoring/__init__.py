@@ -1,0 +1,1 @@
+"""The official scorers' rules, quirks included: plain functions of texts."""
