@@ -12,12 +12,15 @@ COMMANDS = {
     "calibrate": "the layer at which visual tokens may go, the heads that need them; from samples",
     "chat": "ask a checkpoint about photos; answers are streamed",
     "compare": "every method on one checkpoint at equal mean tokens, with intervals",
+    "data": "a data set from LLaVA's JSON and images: build it, check it",
     "demo": "train the embedded job, compare all methods, write tables and pictures",
+    "export": "a trained run as a directory that transformers loads",
     "golden": "our code on recorded outputs of official code, array by array",
     "grid": "train and evaluate every combination of configs, settings and methods",
     "launch": "train.py or eval.py as several processes on this machine",
     "parity": "compare a checkpoint here with transformers, number by number",
     "plan": "what a method costs on a model: slots, operations, cache bytes; runs nothing",
+    "reproduce": "a paper's table again: published figures beside measured ones",
     "show": "a picture of what the samplers kept for questions on one image",
 }
 

@@ -114,8 +114,9 @@ def layers_of(decoder: Decoder) -> list[DecoderLayer]:
     """The layers of a decoder that has one stage, in order."""
     [stage] = decoder.stages
     if isinstance(stage, nnx.List):
-        return list(stage)
-    return [jax.tree.map(lambda a, i=i: a[i], stage) for i in range(decoder.cfg.layers)]
+        return [decoder.use(layer) for layer in stage]
+    every = range(decoder.cfg.layers)
+    return [decoder.use(jax.tree.map(lambda a, i=i: a[i], stage)) for i in every]
 
 
 def last_row(s: Streams, packed: Packed, hidden: Float[Array, "B S D"]) -> Float[Array, "B D"]:

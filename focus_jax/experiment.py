@@ -4,7 +4,7 @@ import json
 import runpy
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from focus_jax.compress.focusllava import focusllava
 from focus_jax.compress.method import Method
 from focus_jax.compress.text_guided import TextGuided
 from focus_jax.compress.vision_guided import VisionGuided
-from focus_jax.config import ModelConfig, tiny
+from focus_jax.config import LoraConfig, ModelConfig, tiny
 from focus_jax.data.glyph_config import GlyphsConfig
 from focus_jax.objectives import ObjectiveName
 from focus_jax.sharding import ShardingRules
@@ -105,7 +105,8 @@ class TrainStage:
 
     `objective`: `answers` (the real one), `words` (the decoder alone, scenes told in words), `fit`
     (the projector in closed form from `steps` batches; see alignment.py).
-    `train`: prefixes of the canonical parameter names that learn; the rest is frozen.
+    `train`: prefixes of the canonical parameter names that learn; the rest is frozen. With
+    `model.lora`, `decoder.layers.lora.` stands for the updates; kernels that have one stay frozen.
     `scale`: (prefix, factor) pairs on the learning rate. `samplers`: whether the method is in
     place (otherwise all visual tokens). Schedule: linear warm-up over a share of the steps, cosine
     down to `final` of the peak. `accumulate`: batches a step. `clutter`: images made on the fly
@@ -140,6 +141,7 @@ class TrainStage:
 class TrainConfig:
     """All stages, in order, as one run. AdamW; `save_every` counts steps.
 
+    `init_from`: what training starts from (see starting.py); "" is fresh parameters.
     `devices` (0: all) stand in a `mesh`: `data` (plain data parallelism), `fsdp`, `fsdp,tensor=2`
     or sizes for all axes; `rules` say which axes of arrays are split over which of it.
     """
@@ -232,6 +234,40 @@ def load_program(path: str | Path) -> Experiment:
     if make is None:
         raise ValueError(f"{path} defines no get_config() that returns an Experiment")
     return make()
+
+
+def with_stages(config: Experiment, stages: Sequence[str]) -> Experiment:
+    """The experiment with those of its training stages alone, in its own order.
+
+    ValueError for a name that none has. What a stage starts from is `train.init_from`'s business.
+    """
+    names = [stage.name for stage in config.train.stages]
+    for name in stages:
+        if name not in names:
+            raise ValueError(
+                f"experiment {config.name!r} has no stage {name!r}: choose from {', '.join(names)}"
+            )
+    chosen = tuple(stage for stage in config.train.stages if stage.name in stages)
+    return replace(config, train=replace(config.train, stages=chosen))
+
+
+def with_lora(config: Experiment, lora: LoraConfig) -> Experiment:
+    """The experiment with low-rank updates of the decoder's layers, in whose place they learn.
+
+    Where a stage's `train` names `decoder.`, only the updates learn of the decoder, as in LLaVA's
+    LoRA recipe (rank 128, alpha 256, learning rate 2e-4, projector a tenth of that).
+    """
+
+    def adapted(stage: TrainStage) -> TrainStage:
+        own = tuple("decoder.layers.lora." if p == "decoder." else p for p in stage.train)
+        return replace(stage, train=own)
+
+    stages = tuple(adapted(stage) for stage in config.train.stages)
+    return replace(
+        config,
+        model=replace(config.model, lora=lora),
+        train=replace(config.train, stages=stages),
+    )
 
 
 def override(config: Experiment, flags: Sequence[str], prog: str) -> Experiment:

@@ -18,12 +18,22 @@ from jax.sharding import Sharding
 from focus_jax import hf_config, hf_names
 from focus_jax import safetensors_io as io
 from focus_jax.config import DTypeName, ModelConfig
-from focus_jax.hf_write import METHOD, SAMPLERS, existing, export, shapes, write
+from focus_jax.hf_write import (
+    DTYPES,
+    METHOD,
+    SAMPLERS,
+    DTypeOut,
+    existing,
+    export,
+    shapes,
+    write,
+)
 from focus_jax.models.params import LAYERS, Leaf, is_sampler, name_of
 from focus_jax.models.projector import Projector
 
 __all__ = [
-    "export", "image_token", "read", "read_config", "read_method", "read_parts", "resolve", "write",
+    "DTYPES", "DTypeOut", "export", "image_token", "read", "read_config", "read_method",
+    "read_parts", "resolve", "write",
 ]  # fmt: skip
 Tree = dict[str, Leaf]
 Where = Callable[[str, tuple[int, ...]], Sharding]

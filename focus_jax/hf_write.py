@@ -18,6 +18,7 @@ from focus_jax import hf_config, hf_names
 from focus_jax import safetensors_io as io
 from focus_jax.compress.baselines import full
 from focus_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from focus_jax.models.lora import merged, without_lora
 from focus_jax.models.params import (
     abstract,
     canonical,
@@ -71,7 +72,8 @@ def write(
 
     source: a checkpoint whose tokenizer, processor and further config keys are taken over.
     image_token: the id that stands for an image; None is the source's. dtype: None is the tree's.
-    The directory appears whole or not at all. FileExistsError: it is there and not `overwrite`.
+    Low-rank updates are added to their kernels. The directory appears whole or not at all.
+    FileExistsError: it is there and not `overwrite`.
     ValueError: a model that transformers does not have, or learned parts (see `export`).
     """
     learned = [name for name in tree if is_sampler(name)]
@@ -155,6 +157,7 @@ def write_base(
     dtype: str | None,
     max_shard_bytes: float,
 ) -> None:
+    cfg, tree = without_lora(cfg), merged(tree, cfg.lora)
     check_same(shapes(cfg), tree)
     text: dict[str, Any] = {}
     if source is not None:
@@ -239,16 +242,8 @@ def config_json(
 
     ValueError: a model that transformers' LLaVA does not have.
     """
+    check_kinds(cfg)
     vision, tiled = cfg.vision, cfg.image_newline
-    unlike = {
-        "vision.stem": (vision.stem, "patch"),
-        "projector": (cfg.projector, "mlp2x_gelu"),
-    }
-    for key, (found, needed) in unlike.items():
-        if found != needed:
-            raise ValueError(
-                f"{key} {found!r} cannot be written for transformers, whose LLaVA has {needed!r}"
-            )
     out = {
         **source,
         "architectures": [f"Llava{'Next' if tiled else ''}ForConditionalGeneration"],
@@ -270,6 +265,21 @@ def config_json(
         side = vision.image_size
         out["image_grid_pinpoints"] = [[rows * side, cols * side] for rows, cols in cfg.grids]
     return out
+
+
+def check_kinds(cfg: ModelConfig) -> None:
+    """ValueError for a model that transformers' LLaVA does not have."""
+    unlike = {
+        "vision.stem": (cfg.vision.stem, "patch"),
+        "vision.class_token": (cfg.vision.class_token, True),
+        "projector": (cfg.projector, "mlp2x_gelu"),
+    }
+    for key, (found, needed) in unlike.items():
+        if found != needed:
+            raise ValueError(
+                f"{key} {found!r} cannot be written for transformers, whose LLaVA has {needed!r}: "
+                "such a model stays with what trained it"
+            )
 
 
 def decoder_json(cfg: DecoderConfig, dtype: str, source: Mapping[str, Any]) -> dict[str, Any]:

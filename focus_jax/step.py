@@ -13,11 +13,12 @@ from jaxtyping import Array
 
 from focus_jax.compress.baselines import full
 from focus_jax.compress.method import Context
-from focus_jax.config import ModelConfig
+from focus_jax.config import LoraConfig, ModelConfig
 from focus_jax.experiment import Experiment, TrainConfig, TrainStage
 from focus_jax.gradient_norms import gradient_norms
 from focus_jax.models import params as names
 from focus_jax.models.attention import check_heads
+from focus_jax.models.lora import PREFIX, is_lora
 from focus_jax.models.vlm import VLM, dims_of
 from focus_jax.nans import unrolled
 from focus_jax.objectives import OBJECTIVES
@@ -48,6 +49,19 @@ def check_prefixes(stage: TrainStage, parameters: set[str]) -> None:
                     f"stage {stage.name!r}: {field} names {prefix!r}, and no parameter begins so; "
                     f"names begin with {sorted({name.split('.')[0] for name in parameters})}"
                 )
+
+
+def check_lora(stage: TrainStage, lora: LoraConfig) -> None:
+    """ValueError for a stage that trains kernels together with their low-rank updates."""
+    for target in lora.targets if lora.rank else ():
+        kernel = f"decoder.layers.{target}.kernel"
+        if learns(kernel, stage):
+            [prefix, *_] = [p for p in stage.train if kernel.startswith(p)]
+            raise ValueError(
+                f"stage {stage.name!r}: train names {prefix!r}, by which {kernel} would learn "
+                f"beside its low-rank update (model.lora.rank={lora.rank}): name {PREFIX!r} in its "
+                "place, or set model.lora.rank to 0"
+            )
 
 
 def make_optimiser(cfg: TrainConfig, stage: TrainStage) -> optax.GradientTransformation:
@@ -187,6 +201,7 @@ def to_compute(leaves: Leaves, cfg: ModelConfig, layout: Layout) -> Leaves:
 
     def cast(name: str, leaf: Array) -> Array:
         kernel = name.endswith(("kernel", "embedding")) and not names.is_sampler(name)
+        kernel = kernel or is_lora(names.canonical_name(name))
         if not kernel or leaf.dtype.itemsize <= dtype.itemsize:
             return leaf
         place = layout.stored(names.canonical_name(name), leaf.shape)
@@ -202,6 +217,7 @@ def abstract_step(
     cfg: Experiment, stage: TrainStage, layout: Layout, tiles: int
 ) -> tuple[Step, tuple[Any, ...]]:
     """A stage's step and the shapes of its arguments, with shardings: for compiling it alone."""
+    check_lora(stage, cfg.model.lora)
     method = cfg.compress.value() if stage.samplers else full()
     method.check(dims_of(cfg.model, tiles))
     layout.check_batch(stage.batch)

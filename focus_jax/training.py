@@ -1,7 +1,8 @@
 """Training: stages in order, one optimiser step as one compiled program, resumable anywhere."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,24 @@ from focus_jax.checkpoint import Checkpoints, load_params
 from focus_jax.compress.baselines import full
 from focus_jax.compress.method import Method
 from focus_jax.data.batches import Batch
-from focus_jax.data.loader import LoaderIterator
+from focus_jax.data.dialogue_loader import DialogueLoader
+from focus_jax.data.iterator import LoaderIterator
+from focus_jax.data.loader import Loader
+from focus_jax.dialogues import has_dialogues
 from focus_jax.distributed import from_first
 from focus_jax.experiment import Experiment, TrainStage, to_json
 from focus_jax.models import params as names
 from focus_jax.models.attention import check_heads
+from focus_jax.models.lora import has_lora, is_lora
 from focus_jax.models.vlm import VLM, dims_of
 from focus_jax.objectives import WORD_SLOTS
 from focus_jax.preemption import Preempted, Preemption
 from focus_jax.sharding import make_layout, put_batch
+from focus_jax.starting import check_model, read_start
 from focus_jax.step import (
     Leaves,
     State,
+    check_lora,
     check_prefixes,
     first_state,
     make_optimiser,
@@ -34,10 +41,10 @@ from focus_jax.step import (
     state_shardings,
     with_shardings,
 )
-from focus_jax.throughput import load_of
+from focus_jax.throughput import Loads
 from focus_jax.tracing import check_steps
 from focus_jax.watch import Outlets, Watch, Watching, outlets
-from focus_jax.workdir import data_source, make_train_loader, open_workdir
+from focus_jax.workdir import make_train_loader, open_workdir, train_sources
 
 
 class Run:
@@ -66,8 +73,11 @@ class Run:
         check_heads(cfg.model, self.layout)
         for stage in cfg.train.stages:
             self.layout.check_batch(stage.batch)
+            check_lora(stage, cfg.model.lora)
+        if cfg.train.init_from and not (Path(workdir) / "checkpoints").exists():
+            check_model(cfg.train.init_from, cfg.model, vocabulary=has_dialogues(cfg))
         self.workdir, self.tokenizer, self.cfg = open_workdir(cfg, workdir)
-        self.source = data_source(self.cfg, "train")
+        self.sources = train_sources(self.cfg)
         self.checkpoints = Checkpoints(self.workdir / "checkpoints", self.cfg.train.keep)
         self.preemption = Preemption()
         self.seconds: dict[str, float] = {}
@@ -75,18 +85,26 @@ class Run:
 
     # ------------------------------------------------------------------ parameters
 
-    def fresh(self, method: Method) -> Callable[[], VLM]:
-        return lambda: names.initialise(self.cfg.model, method, self.cfg.train.seed, self.layout)
-
     def first_tree(self) -> Leaves:
-        """The canonical parameters that training starts from, samplers included."""
-        fresh = names.canonical(names.named_leaves(self.fresh(self.method)()))
-        if not self.cfg.train.init_from:
-            return fresh
-        tree, _ = load_params(self.cfg.train.init_from, place=self.layout.stored)
-        init = self.fresh(self.method) if self.cfg.train.init_samplers else None
-        model = names.with_method(self.cfg.model, tree, self.method, init, self.layout)
-        return names.canonical(names.named_leaves(model))
+        """The canonical parameters that training starts from, samplers included.
+
+        Of what `train.init_from` lacks, low-rank updates are fresh, and samplers if asked for.
+        """
+        cfg, method = self.cfg, self.method
+        if not cfg.train.init_from:
+            fresh = names.initialise(cfg.model, method, cfg.train.seed, self.layout)
+            return names.canonical(names.named_leaves(fresh))
+        make = partial(names.fresh_leaves, cfg.model, method, cfg.train.seed, layout=self.layout)
+        wanted = self.template()
+        tree = read_start(cfg.train.init_from, cfg.model, self.layout, cfg.train.seed)
+        init = make if cfg.train.init_samplers else None
+        samplers = names.samplers_of(tree, wanted, method, init)
+        tree = {name: leaf for name, leaf in tree.items() if not names.is_sampler(name)}
+        if not has_lora(tree):
+            tree |= make(filter(is_lora, wanted))
+        tree |= samplers
+        names.check_same(wanted, tree)
+        return {name: tree[name].astype(leaf.dtype) for name, leaf in wanted.items()}
 
     def stored_tree(self) -> Leaves:
         """The canonical parameters of the newest checkpoint."""
@@ -96,6 +114,9 @@ class Run:
         """The shapes of the canonical parameters, and where each is kept."""
         shapes = names.canonical(names.named_leaves(names.abstract(self.cfg.model, self.method)))
         return with_shardings(shapes, names.stored(shapes, self.layout))
+
+    def loader(self, stage: TrainStage, index: int) -> Loader | DialogueLoader:
+        return make_train_loader(self.cfg, self.sources, self.tokenizer, stage, index, self.layout)
 
     def stage_method(self, stage: TrainStage) -> Method:
         return self.method if stage.samplers else full()
@@ -158,24 +179,25 @@ class Run:
         # What the stage does not have; the rest would be held twice.
         own = {names.canonical_name(name) for name in (*state.learning, *frozen)}
         self.tree = tree = {name: leaf for name, leaf in self.tree.items() if name not in own}
-        loader = make_train_loader(self.cfg, self.source, self.tokenizer, stage, index, self.layout)
+        loader = self.loader(stage, index)
         with closing(iter(loader)) as batches:
             start = done
             if resumed is not None and resumed > done:
                 start, state = resumed, self.restore(state, batches)
             step = make_step(model, stage, optimiser, self.cfg.train.seed, self.layout)
-            load = load_of(self.cfg, stage, self.stage_method(stage), self.layout)
+            load_of = Loads(self.cfg, stage, self.stage_method(stage), self.layout)
             devices = self.layout.mesh.local_devices
-            watch = Watch(out, stage.name, self.cfg.train.log_every, load, devices)
+            watch = Watch(out, stage.name, self.cfg.train.log_every, devices)
             for number in range(start + 1, done + stage.steps + 1):
                 progress = np.float32((number - done) / stage.steps)
                 with watch.step(number):
                     with watch.waiting():
                         batch = next_batches(batches, stage.accumulate)
                         placed = put_batch(for_device(batch), self.layout, axis=1)
-                    unique = np.int32((number - 1) * stage.accumulate)
-                    state, metrics = step(state, frozen, placed, unique, progress)
-                    watch.see(number, metrics, batch["index"])
+                    unique, load = np.int32((number - 1) * stage.accumulate), load_of(batch)
+                    with watch.running(load):
+                        state, metrics = step(state, frozen, placed, unique, progress)
+                    watch.see(number, metrics, batch["index"], load)
                 self.checkpoints.check()
                 stop = self.preemption.reached(number)
                 last = number == done + stage.steps
@@ -191,7 +213,7 @@ class Run:
         """The projector in closed form; starts anew when it was interrupted."""
         stage = self.cfg.train.stages[index]
         model = names.with_method(self.cfg.model, tree, full(), layout=self.layout)
-        loader = make_train_loader(self.cfg, self.source, self.tokenizer, stage, index, self.layout)
+        loader = self.loader(stage, index)
         with closing(iter(loader)) as batches:
             placed = (put_batch(for_device(batch), self.layout) for batch in batches)
             leaves, unexplained = fit_projector(model, placed, stage.steps)

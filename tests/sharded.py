@@ -74,14 +74,21 @@ def batch(number: int) -> dict[str, np.ndarray]:
     return {name: array[None] for name, array in out.items()}
 
 
-def train(method: Method, tree: dict, mesh: str, devices: int) -> dict:
+def train(
+    method: Method,
+    tree: dict,
+    mesh: str,
+    devices: int,
+    config: ModelConfig = CONFIG.model,
+    stage: TrainStage = STAGE,
+) -> dict:
     """Losses of all steps on one mesh, and what its devices tell each other."""
     layout = make_layout(mesh, devices)
-    model = names.with_method(CONFIG.model, tree, method, layout=layout)
-    learning, frozen = split(names.named_leaves(model), STAGE)
-    optimiser = make_optimiser(TrainConfig(), STAGE)
+    model = names.with_method(config, tree, method, layout=layout)
+    learning, frozen = split(names.named_leaves(model), stage)
+    optimiser = make_optimiser(TrainConfig(), stage)
     state = first_state(learning, optimiser, layout)
-    step = make_step(model, STAGE, optimiser, 0, layout)
+    step = make_step(model, stage, optimiser, 0, layout)
 
     def arguments(number: int) -> tuple:
         placed = put_batch(batch(number), layout, axis=1)
@@ -89,7 +96,7 @@ def train(method: Method, tree: dict, mesh: str, devices: int) -> dict:
 
     program = step.lower(state, frozen, *arguments(0)).compile()
     losses = []
-    for number in range(STEPS):
+    for number in range(stage.steps):
         # A compiled program refuses a state that comes back in another layout.
         state, metrics = program(state, frozen, *arguments(number))
         losses.append(float(metrics["loss"]))

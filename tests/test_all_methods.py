@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from focus_jax.compress.method import compose
+from focus_jax.compress.method import Context, compose
 from focus_jax.compress.plan import plan
 from focus_jax.experiment import CompressConfig, TextSampler, VisionSampler
 from focus_jax.generate import prefill
@@ -160,3 +160,38 @@ def test_composed_methods_have_all_parts():
     assert compose(named("full"), named("full")).vision == named("full").vision
     single = dims_of(SINGLE, 1)
     assert compose(named("vtw:layer=2")).stage_slots(single) == (64, 0)
+
+
+def prompts(images: int) -> Inputs:
+    """Two prompts with so many images of three tiles, which stand before the third token."""
+    inputs = random_inputs(TILED, tiles=3, batch=2, text=5)
+    many = {
+        name: jnp.concatenate([getattr(inputs, name)[:, :0], *[getattr(inputs, name)] * images], 1)
+        for name in ("pixels", "patch_valid", "origin")
+    }
+    return inputs._replace(**many, image_at=jnp.full((2, images), 2, jnp.int32))
+
+
+@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize(
+    "text", [text if at in (12, 15, 17) else pytest.param(text, marks=pytest.mark.slow)
+             for at, text in enumerate(ON_TILES)],
+)  # fmt: skip
+def test_text_alone_and_several_images_are_as_planned(text, images):
+    model, inputs = random_model(TILED, named(text)), prompts(images)
+    out = jax.eval_shape(
+        lambda model, inputs: model(inputs, Context(jax.random.key(0), True), keep=1), model, inputs
+    )
+    dims, words = dims_of(TILED, 3), inputs.prefix.shape[1] + inputs.tokens.shape[2]
+    slots = model.method.stage_slots(dims, train=True, images=images)
+    assert [cache.size - 1 for cache in out.caches] == [words + many for many in slots]
+    cost = plan(
+        model.method, dims, sizes_of(TILED), inputs.tokens.shape[2],
+        prefix_tokens=inputs.prefix.shape[1], train=True, images=images,
+    )  # fmt: skip
+    assert cost.slots[0] == slots[0]
+    assert out.visual.valid.shape[1] == images * model.method.vision.slots(dims)
+    if not images:
+        assert not out.aux.losses and not out.aux.metrics and not sum(slots)
+        assert cost.flops.tower == cost.flops.projector == cost.flops.samplers == 0
+        assert cost.flops.decoder > 0

@@ -95,3 +95,20 @@ def test_places_lie_between_closed_up_and_the_raster(told):
             share = (places[-1] - len(cells) + 1) / (cells[-1] - len(cells) + 1)
             closed, spread = closed + (share < 0.3), spread + (share > 0.7)
     assert closed > 3 and spread > 3
+
+
+def test_what_follows_an_image_is_told_from_its_last_row():
+    hidden = np.arange(2 * 5, dtype=np.float32).reshape(2, 5, 1)
+    visual = 100 + np.arange(2 * 6, dtype=np.float32).reshape(2, 6, 1)
+    # The first sample: images before tokens 1 and 3, of two slots each. The second: two images
+    # before token 2, of which slots 1 and 3 are not valid, and none in front of token 0.
+    after = np.array([[1, 1, 3, 3, 5, 5], [2, 2, 2, 2, 0, 0]])
+    valid = np.array([[1, 1, 1, 1, 0, 0], [1, 0, 1, 0, 1, 1]], bool)
+    streams = SimpleNamespace(
+        visual=jnp.asarray(visual), visual_valid=jnp.asarray(valid), after=jnp.asarray(after)
+    )
+    image_at = jnp.asarray([[1, 3, 5], [2, 2, 0]])
+    got = objectives.behind_images(jnp.asarray(hidden), streams, image_at)[..., 0]
+    assert got.tolist() == [[101, 1, 103, 3, 4], [5, 108, 7, 8, 9]]
+    none = jnp.zeros((2, 0), jnp.int32)
+    assert objectives.behind_images(hidden, streams, none) is hidden

@@ -15,10 +15,14 @@ import focus_jax as fj
 from focus_jax.compress.vision_guided import VisionGuided
 from focus_jax.data.conversation import CHATML, LLAMA3, MISTRAL, VICUNA_V1
 from focus_jax.data.images import CorruptImage
-from focus_jax.methods import method_from_json, method_to_json
+from focus_jax.evaluate.runner import evaluate
+from focus_jax.experiment import usual_samplers
+from focus_jax.methods import method_from_json, method_to_json, parse_method
 from focus_jax.models.params import named_leaves
 from focus_jax.parity import compare
-from focus_jax.pipeline import stop_tokens, template_of
+from focus_jax.pipeline import samplers_of, stop_tokens, template_of
+from focus_jax.sharding import make_layout
+from focus_jax.workdir import data_source, read_workdir
 from tests.hf_models import PINPOINTS, make_tokenizer, write_clip, write_llava
 from tests.test_hf import NEXT, original
 
@@ -236,6 +240,40 @@ def test_half_precision_is_what_was_asked_for(directory, photos):
     assert {leaf.dtype.name for leaf in named_leaves(half.vlm).values()} == {"bfloat16"}
     assert half.vlm.cfg.compute_dtype == "bfloat16"
     assert half.generate(["What?"], images=[photos[0]], max_new_tokens=2)
+
+
+def test_a_training_run_answers_as_its_own_evaluation_does(micro, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    evaluate(micro.workdir, split="test", limit=1, batch=4, out=path)
+    told = [json.loads(line) for line in path.read_text().splitlines()]
+    image = data_source(read_workdir(micro.workdir)[0], "test")[0]["image"]
+    run = fj.load(micro.workdir)
+    assert run.vlm.method.name == "focusllava" and not run.vlm.cfg.stacked
+    assert run.name == f"{micro.workdir} step 2"
+    said = run.generate([a["question"] for a in told], [image] * 4, max_new_tokens=4)
+    assert said == [a["prediction"] for a in told]
+    assert run.method("focusllava") == run.vlm.method
+    with pytest.raises(ValueError, match="is a training run, which has its tower"):
+        fj.load(micro.workdir, tokenizer=micro.workdir / "tokenizer")
+
+
+@pytest.mark.slow
+def test_a_model_laid_out_over_a_mesh_says_the_same(directory, vlm, photos):
+    laid = fj.load(directory, dtype="float32", layout=make_layout("fsdp"))
+    ask = {"prompts": ["What?"] * 3, "images": photos, "max_new_tokens": 8}
+    assert laid.answers(**ask) == vlm.answers(**ask)
+    other = laid.with_method(fj.methods.pool(2))
+    assert other.vlm.layout == laid.vlm.layout
+    leaves = named_leaves(other.vlm).values()
+    assert all(leaf.sharding.mesh == laid.vlm.layout.mesh for leaf in leaves)
+
+
+def test_a_saved_checkpoint_tells_its_samplers(directory, vlm):
+    usual = samplers_of(vlm.vlm.cfg, None)
+    assert usual.vision.budget == usual_samplers(vlm.vlm.cfg).vision.budget
+    method = fj.methods.focusllava(SMALL, text_layer=1, keep=0.5)
+    own = samplers_of(vlm.vlm.cfg, method_to_json(method))
+    assert parse_method("focusllava", own) == method
 
 
 def test_importing_the_package_is_quick():

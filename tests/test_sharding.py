@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from focus_jax.compress.focusllava import focusllava
 from focus_jax.compress.vision_guided import VisionGuided
-from focus_jax.config import PRESETS
+from focus_jax.config import LORA_TARGETS, PRESETS, LoraConfig
 from focus_jax.models.params import abstract, canonical_name, named_leaves
 from focus_jax.sharding import (
     AXES,
@@ -133,9 +134,22 @@ def test_parameters_are_kept_split_and_used_gathered():
         layout.stored("decoder.new", (2,))
 
 
+def test_low_rank_updates_lie_as_their_kernels():
+    layout = Layout(MESH)
+    sizes = {"embed": 16, "heads": 32, "kv_heads": 8, "mlp": 24, "layers": 3}
+    for target in LORA_TARGETS:
+        _, *axes = logical_axes(f"decoder.layers.{target}.kernel")
+        name = f"decoder.layers.lora.{target}"
+        kernel = layout.stored(f"decoder.layers.{target}.kernel", (3, *(sizes[a] for a in axes)))
+        a = layout.stored(f"{name}.a", (3, sizes[axes[0]], 4)).spec
+        b = layout.stored(f"{name}.b", (3, 4, sizes[axes[1]])).spec
+        assert PartitionSpec(None, a[1], b[2]) == kernel.spec and a[2] is b[1] is None
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_every_parameter_has_logical_axes(preset):
-    model = abstract(PRESETS[preset](), focusllava(vision=VisionGuided(), text=None))
+    cfg = replace(PRESETS[preset](), lora=LoraConfig(rank=4))
+    model = abstract(cfg, focusllava(vision=VisionGuided(), text=None))
     for name, leaf in named_leaves(model).items():
         axes = logical_axes(canonical_name(name))
         assert len(axes) in (0, len(leaf.shape)), name
@@ -307,6 +321,36 @@ TRAIN = """
     # A second compilation means that a step hands on its state in another layout.
     assert [step._cache_size() for step in steps] == [1] * len(steps)
     """
+
+
+LORA = """
+    import json, sys
+    from dataclasses import replace
+    import numpy as np
+    from focus_jax.config import LoraConfig
+    from focus_jax.models import params as names
+    from tests.sharded import CONFIG, MESHES, STAGE, train
+
+    cfg = replace(CONFIG.model, lora=LoraConfig(rank=4))
+    stage = replace(STAGE, train=("decoder.layers.lora.", "projector.", "samplers."), steps=8)
+    method = CONFIG.compress.value()
+    leaves = names.canonical(names.named_leaves(names.initialise(cfg, method, 0)))
+    tree = {name: np.array(leaf) for name, leaf in leaves.items()}
+    rng = np.random.default_rng(0)
+    for name, leaf in tree.items():
+        if name.endswith(".b"):
+            leaf[:] = 0.05 * rng.standard_normal(leaf.shape)
+    found = {n: train(method, tree, *MESHES[n], cfg, stage)["losses"] for n in sys.argv[1:]}
+    json.dump(found, sys.stdout)
+    """
+
+
+@pytest.mark.slow
+def test_low_rank_updates_train_on_every_mesh_as_on_one_device():
+    found = json.loads(python(LORA, "one device", "fsdp + tensor", devices=8))
+    one, many = found.values()
+    assert len(set(one)) == 8
+    np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
 
 
 def losses(workdir):

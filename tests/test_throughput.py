@@ -8,7 +8,7 @@ import pytest
 from focus_jax import throughput
 from focus_jax.compress.baselines import full
 from focus_jax.sharding import make_layout
-from focus_jax.throughput import Load, Pace, load_of, memory_of
+from focus_jax.throughput import Load, Pace, load_of, mean_load, memory_of
 from tests.micro import get_config
 
 LOAD = Load(images=8, tokens=800, flops=4e12, devices=2, peak=1e12)
@@ -124,6 +124,26 @@ def test_the_pace_knows_waiting_checkpoints_and_the_mean():
     assert told["step_seconds"] == 7.0 and told["data_wait"] == 0
     assert told["checkpoint_seconds"] == 1000
     assert pace.take(LOAD) == {}
+
+
+def test_compiling_is_no_part_of_a_step():
+    clock = Clock()
+    pace = Pace(clock)
+    for compiled, rest in ((500.0, 1.0), (0.0, 2.0), (300.0, 4.0)):
+        if compiled:
+            with pace.compiling():
+                clock.now += compiled
+        pace.tick()
+        clock.now += rest
+    told = pace.take(LOAD)
+    assert told["step_seconds"] == 1.5 and told["compile_seconds"] == 800
+    assert "compile_seconds" not in pace.take(LOAD)
+
+
+def test_the_mean_of_loads():
+    other = replace(LOAD, images=0, tokens=200, flops=1e12)
+    assert mean_load([LOAD, other]) == replace(LOAD, images=4, tokens=500, flops=2.5e12)
+    assert mean_load([LOAD, replace(other, flops=None)]).flops is None
 
 
 def test_memory_is_that_of_the_fullest_device_that_tells():

@@ -19,8 +19,14 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from focus_jax import training
-from focus_jax.checkpoint import CheckpointDamaged, Checkpoints, load_params
-from focus_jax.experiment import Experiment, TrainConfig, TrainStage
+from focus_jax.checkpoint import (
+    CheckpointDamaged,
+    CheckpointMismatch,
+    Checkpoints,
+    load_params,
+)
+from focus_jax.config import LoraConfig
+from focus_jax.experiment import Experiment, TrainConfig, TrainStage, with_lora
 from focus_jax.objectives import OBJECTIVES, Loss
 from focus_jax.step import State, make_optimiser
 from focus_jax.throughput import CLOCKED
@@ -187,12 +193,105 @@ def test_a_run_starts_from_another_ones_parameters(whole, experiment, tmp_path):
     config = experiment(JOINT, init_from=init)
     decoder = replace(config.model.decoder, mlp_width=24)
     config = replace(config, model=replace(config.model, decoder=decoder))
-    message = (
-        r"differ at decoder\.stages\.0\.down\.kernel: the model needs \(1, 24, 16\), the "
-        r"checkpoint has \(1, 16, 16\)"
-    )
+    message = r"has model\.decoder\.mlp_width 16, the config 24: set --model\.decoder\.mlp_width 16"
     with pytest.raises(ValueError, match=message):
-        Run(config, tmp_path / "other", quiet=True).train()
+        Run(config, tmp_path / "other", quiet=True)
+    assert not (tmp_path / "other").exists()
+
+
+# ---------------------------------------------------------------- low-rank updates
+
+
+TUNE = TrainStage(
+    "tune", "answers", steps=4, learning_rate=1e-2, batch=4, questions=2,
+    train=("decoder.layers.lora.", "projector.", "samplers."),
+)  # fmt: skip
+LORA = LoraConfig(rank=2, alpha=4.0, targets=("q", "down"))
+
+
+def with_rank(config, lora=LORA):
+    return replace(config, model=replace(config.model, lora=lora))
+
+
+@pytest.fixture(scope="module")
+def tuned(whole, experiment, tmp_path_factory):
+    """A run with low-rank updates on top of `whole`: config, workdir, first and last parameters."""
+    config = with_rank(experiment(TUNE, init_from=str(whole.workdir), save_every=2))
+    workdir = tmp_path_factory.mktemp("tuned")
+    run = Run(config, workdir, quiet=True)
+    first = {name: np.asarray(leaf) for name, leaf in run.first_tree().items()}
+    return SimpleNamespace(config=config, workdir=workdir, first=first, last=run.train())
+
+
+def test_low_rank_updates_learn_alone(whole, tuned):
+    base = {name: leaf for name, leaf in tuned.first.items() if ".lora." not in name}
+    assert_same(base, whole.last)
+    updates = tuned.first.keys() - base.keys()
+    assert updates == {f"decoder.layers.lora.{t}.{p}" for t in ("q", "down") for p in "ab"}
+    assert not any(tuned.first[name].any() for name in updates if name.endswith(".b"))
+    for name, leaf in tuned.last.items():
+        learns = name.startswith(("decoder.layers.lora.", "projector.", "samplers."))
+        assert (leaf != tuned.first[name]).any() == learns, name
+    assert_same(parameters(tuned.workdir, 4), tuned.last)
+
+
+def test_an_interrupted_run_with_low_rank_updates_goes_on_bit_equal(tuned, tmp_path):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 3)
+        Run(tuned.config, tmp_path, quiet=True).train()
+    assert Checkpoints(tmp_path / "checkpoints", 1).steps() == [2]
+    assert_same(Run(tuned.config, tmp_path, quiet=True).train(), tuned.last)
+    assert metrics(tmp_path) == metrics(tuned.workdir)
+
+
+def test_updates_of_a_run_go_on_or_are_added(tuned, experiment, tmp_path):
+    """The next run keeps them if its own are alike; otherwise the kernels take them up."""
+    after = experiment(TUNE, init_from=str(tuned.workdir))
+    assert_same(Run(with_rank(after), tmp_path / "same", quiet=True).first_tree(), tuned.last)
+    name = "decoder.layers.q.kernel"
+    update = 2.0 * np.einsum(
+        "lir,lro->lio", *(tuned.last[f"decoder.layers.lora.q.{part}"] for part in "ab")
+    )
+    other = with_rank(after, LoraConfig(rank=1, targets=("v",)))
+    plain = replace(after, train=replace(after.train, stages=(JOINT,)))
+    for number, config in enumerate((plain, other)):
+        tree = Run(config, tmp_path / str(number), quiet=True).first_tree()
+        found = {n for n in tree if ".lora." in n}
+        assert found == (
+            {"decoder.layers.lora.v.a", "decoder.layers.lora.v.b"} if number else set()
+        )
+        np.testing.assert_allclose(tree[name], tuned.last[name] + update, rtol=1e-6, atol=1e-7)
+        assert (tree[name] != tuned.last[name]).any()
+        assert_same({"x": tree["decoder.layers.v.kernel"]},
+                    {"x": tuned.last["decoder.layers.v.kernel"]})  # fmt: skip
+
+
+def test_a_run_never_resumes_without_its_updates(whole, tmp_path):
+    """Fresh ones are for a start: a checkpoint that lacks them is of another run."""
+    workdir = shutil.copytree(whole.workdir, tmp_path / "copy")
+    config = replace(with_rank(whole.config), train=replace(whole.config.train, stages=(TUNE,)))
+    with pytest.raises(ValueError, match=r"another run: model\.lora\.rank was 0, is 2"):
+        Run(config, workdir, quiet=True)
+    (workdir / "config.json").unlink()
+    with pytest.raises(CheckpointMismatch, match=r"lora.*nothing"):
+        Run(config, workdir, quiet=True).train()
+
+
+@pytest.mark.parametrize("prefix", ["decoder.", "", "decoder.layers.q"])
+def test_kernels_do_not_learn_beside_their_updates(experiment, tmp_path, prefix):
+    stage = replace(TUNE, train=("projector.", prefix))
+    message = f"train names '{prefix}', by which .*name 'decoder.layers.lora.' in its place"
+    with pytest.raises(ValueError, match=message):
+        Run(with_rank(experiment(stage)), tmp_path, quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_experiment_gets_low_rank_updates(experiment):
+    config = with_lora(experiment(WORDS, FIT, JOINT), LORA)
+    assert config.model.lora == LORA
+    assert [stage.train for stage in config.train.stages] == [
+        ("decoder.layers.lora.",), ("",), ("decoder.layers.lora.", "projector.", "samplers.")
+    ]  # fmt: skip
 
 
 def killed_at(step, command, environment, workdir):
@@ -224,9 +323,10 @@ def test_a_killed_program_goes_on_bit_equal(tmp_path):
     def command(workdir):
         program = [sys.executable, "train.py", "--config", "tests/micro.py", "--quiet"]
         flags = {"data.directory": tmp_path / "data", "train.stages.0.steps": steps}
-        flags |= {"train.save-every": 4, "train.stages.0.learning-rate": 0.01}
+        flags |= {"train.save-every": 4, "train.stages.0.learning-rate": 0.01, "model.lora.rank": 2}
         told = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-        return [*program, "--workdir", str(workdir), *told]
+        learn = ["--train.stages.0.train", "decoder.layers.lora.", "projector.", "samplers."]
+        return [*program, "--workdir", str(workdir), *told, *learn]
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     subprocess.run(command(whole), cwd=ROOT, env=environment, check=True)
@@ -302,7 +402,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(experiment, tmp_path, monkeypat
     monkeypatch.setitem(OBJECTIVES, "answers", broken)
     stage = replace(WORDS, objective="answers", name="bad", steps=6)
     run = Run(experiment(stage, save_every=2), tmp_path, quiet=True)
-    loader = training.make_train_loader(run.cfg, run.source, run.tokenizer, stage, 0)
+    loader = run.loader(stage, 0)
     with training.closing(iter(loader)) as batches:
         images = [next(batches)["index"].tolist() for _ in range(4)][-1]
     with pytest.raises(NonFiniteLoss) as error:

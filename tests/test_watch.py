@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,10 +43,10 @@ def out(tmp_path):
 
 
 def test_a_step_is_read_when_the_next_one_has_been_handed_over(out, tmp_path):
-    watch, read = Watch(out, "stage", 1, LOAD), []
+    watch, read = Watch(out, "stage", 1), []
     for number in (1, 2, 3):
         with watch.step(number):
-            watch.see(number, metrics(Later(float(number), read)), INDEX)
+            watch.see(number, metrics(Later(float(number), read)), INDEX, LOAD)
         assert read == [float(n) for n in range(1, number)]
     watch.flush()
     watch.flush()
@@ -54,8 +55,8 @@ def test_a_step_is_read_when_the_next_one_has_been_handed_over(out, tmp_path):
 
 
 def test_a_checkpoint_waits_for_the_steps_before_it(out):
-    watch, read = Watch(out, "stage", 1, LOAD), []
-    watch.see(1, metrics(Later(1.0, read)), INDEX)
+    watch, read = Watch(out, "stage", 1), []
+    watch.see(1, metrics(Later(1.0, read)), INDEX, LOAD)
     with watch.aside():
         assert read == [1.0]
 
@@ -63,11 +64,11 @@ def test_a_checkpoint_waits_for_the_steps_before_it(out):
 def test_lines_hold_the_rates_of_the_steps_since_the_last(out, tmp_path):
     clock = Clock()
     device = SimpleNamespace(memory_stats=lambda: {"bytes_in_use": 5, "peak_bytes_in_use": 9})
-    watch = Watch(out, "stage", 2, LOAD, [device], Pace(clock))
+    watch = Watch(out, "stage", 2, [device], Pace(clock))
     for number, seconds in enumerate((100.0, 3.0, 5.0, 1.0, 6.0), start=1):
         with watch.waiting():
             clock.now += 1.0
-        watch.see(number, metrics(1 / number), INDEX)
+        watch.see(number, metrics(1 / number), INDEX, LOAD)
         clock.now += seconds - 1.0
     watch.flush()
     two, four = rows(tmp_path)
@@ -82,11 +83,28 @@ def test_lines_hold_the_rates_of_the_steps_since_the_last(out, tmp_path):
     assert clocked <= set(CLOCKED)
 
 
+def test_steps_of_several_shapes_are_told_together(out, tmp_path):
+    clock = Clock()
+    watch = Watch(out, "stage", 4, pace=Pace(clock))
+    small = replace(LOAD, images=0, tokens=200, flops=1e12)
+    for number, load in enumerate((LOAD, LOAD, small, small, LOAD), start=1):
+        with watch.running(load):
+            # The first step of each shape is compiled while it is handed over.
+            clock.now += 100.0 if number in (1, 3) else 0.0
+        watch.see(number, metrics(1.0), INDEX, load)
+        clock.now += 2.0
+    [four] = rows(tmp_path)
+    assert four["step_seconds"] == 2.0 and four["compile_seconds"] == 200
+    # Steps 2 to 4: one of 800 tokens and two of 200.
+    assert four["tokens_per_second"] == pytest.approx(1200 / 6)
+    assert four["images_per_second"] == pytest.approx(8 / 6)
+
+
 def test_the_heartbeat_knows_the_last_step_that_was_done(out, tmp_path):
     clock = Clock()
-    watch = Watch(out, "stage", 5, LOAD, pace=Pace(clock))
+    watch = Watch(out, "stage", 5, pace=Pace(clock))
     for number in (1, 2, 3):
-        watch.see(number, metrics(1 / number), INDEX)
+        watch.see(number, metrics(1 / number), INDEX, LOAD)
         clock.now += 2.0
     told = out.heartbeat.beat()
     assert (told["step"], told["stage"], told["loss"]) == (2, "stage", 0.5)
@@ -96,9 +114,9 @@ def test_the_heartbeat_knows_the_last_step_that_was_done(out, tmp_path):
 
 @pytest.mark.parametrize("bad", [metrics(math.nan), metrics(1.0, math.inf)])
 def test_a_loss_that_is_not_finite_is_told_with_its_images(out, tmp_path, bad):
-    watch = Watch(out, "late", 1, LOAD)
-    watch.see(1, metrics(1.0), INDEX)
-    watch.see(2, bad, INDEX)
+    watch = Watch(out, "late", 1)
+    watch.see(1, metrics(1.0), INDEX, LOAD)
+    watch.see(2, bad, INDEX, LOAD)
     with pytest.raises(NonFiniteLoss, match=r"step 2 \(stage 'late'\): .*images \[4, 7\]\."):
         watch.flush()
     assert [row["step"] for row in rows(tmp_path)] == [1]

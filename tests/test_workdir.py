@@ -131,7 +131,7 @@ def test_stages_read_in_orders_of_their_own(config):
     stage = config.train.stages[0]
     orders = []
     for index in (0, 1, 0):
-        batches = iter(make_train_loader(config, source, tokenizer, stage, index))
+        batches = iter(make_train_loader(config, {"": source}, tokenizer, stage, index))
         orders.append([next(batches)["index"].tolist() for _ in range(4)])
         batches.close()
     assert orders[0] == orders[2] != orders[1]
@@ -141,7 +141,7 @@ def test_stages_read_in_orders_of_their_own(config):
 def test_a_stage_may_ask_for_clutter(config):
     tokenizer, source = glyph_tokenizer(config.data), data_source(config, "train")
     stage = replace(config.train.stages[0], clutter=0.75, batch=8)
-    batches = iter(make_train_loader(config, source, tokenizer, stage, 0))
+    batches = iter(make_train_loader(config, {"": source}, tokenizer, stage, 0))
     batch = next(batches)
     batches.close()
     assert 0.6 < batch["cell_filled"].mean() < 0.95
@@ -176,7 +176,9 @@ def test_a_process_makes_the_rows_that_its_devices_hold(config):
         loader_config(config, 6, 2, seed=1, layout=layout)
     tokenizer, stage = glyph_tokenizer(config.data), replace(config.train.stages[0], batch=4)
     source = data_source(config, "train")
-    loaders = [make_train_loader(config, source, tokenizer, stage, 0, x) for x in (layout, None)]
+    loaders = [
+        make_train_loader(config, {"": source}, tokenizer, stage, 0, x) for x in (layout, None)
+    ]
     part, whole = (next(iter(loader))["index"].tolist() for loader in loaders)
     assert part == whole[1:2]
     loaders = [make_eval_loader(config, source, tokenizer, x) for x in (layout, None)]

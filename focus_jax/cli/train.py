@@ -8,8 +8,9 @@ import jax
 
 from focus_jax.cli.arguments import argv_or
 from focus_jax.cli.common import CODES, add_process_flags, friendly, joined, split_flags
-from focus_jax.experiment import load_program, override
+from focus_jax.experiment import load_program, override, with_stages
 from focus_jax.nans import naming_nans
+from focus_jax.starting import with_checkpoint_model
 from focus_jax.tracing import Steps, parse_steps
 from focus_jax.training import Run
 from focus_jax.watch import Watching
@@ -28,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with joined(known, preemptible=True), nans:
         watching = Watching(known.heartbeat, known.profile)
         config = override(load_program(known.config), flags, "train.py")
+        if known.model_from_checkpoint:
+            config = with_checkpoint_model(config)
+        if known.stages:
+            config = with_stages(config, known.stages.split(","))
         Run(config, known.workdir, known.quiet, watching).train()
         if jax.process_index() == 0:
             print(f"trained {config.name}: {config.train.steps} steps in {known.workdir}")
@@ -50,6 +55,13 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     out.add_argument("--config", required=True, help="a program in configs/")
     out.add_argument("--workdir", required=True, help="where the run lives; resumes if it exists")
+    out.add_argument(
+        "--stages", metavar="NAME[,NAME]", help="only these of the config's stages; default: all"
+    )
+    out.add_argument(
+        "--model-from-checkpoint", action="store_true",
+        help="the model's sizes are those of what --train.init-from names",
+    )  # fmt: skip
     out.add_argument("--quiet", action="store_true", help="no progress bar, no heartbeat line")
     out.add_argument(
         "--heartbeat", type=float, default=Watching().heartbeat, metavar="SECONDS",

@@ -79,7 +79,11 @@ class Random(VisionStage):
         return (keep_slots(dims.patches, self.keep),) * dims.tiles
 
     def apply(self, views: Views, dims: Dims, module: Any, project: Any, ctx: Context):
-        score = jax.random.uniform(ctx.key, views.patch_valid.shape)
+        shape, draw = views.patch_valid.shape, jax.random.uniform
+        if ctx.key.ndim:  # one for each sample
+            score = jax.vmap(lambda key: draw(key, shape[1:]))(ctx.key)
+        else:
+            score = draw(ctx.key, shape)
         count = keep_count(views.patch_valid.sum(-1), self.keep)
         selection = top_k_in_order(score, views.patch_valid, self.tile_slots(dims)[0], count)
         return [tile_tokens(views, dims, selection)], empty_aux()

@@ -79,7 +79,11 @@ class Dims:
 
 
 class Context(NamedTuple):
-    """What a run gives to samplers: a key for what is random, training progress in [0, 1]."""
+    """What a run gives to samplers: a key for what is random, training progress in [0, 1].
+
+    `key`: one for the batch, or at inference one for each sample [B], whose draws then do not
+    depend on the batch.
+    """
 
     key: Array
     train: bool = False
@@ -379,9 +383,9 @@ class Method:
             self.compute.check(dims)
         return self
 
-    def stage_slots(self, dims: Dims, train: bool = False) -> tuple[int, ...]:
-        """Visual slots of each decoder stage."""
-        entering = current = self.vision.slots(dims)
+    def stage_slots(self, dims: Dims, train: bool = False, images: int = 1) -> tuple[int, ...]:
+        """Visual slots of each decoder stage, for so many images of `dims` in a prompt."""
+        entering = current = images * self.vision.slots(dims)
         out = []
         for stage in range(len(self.bounds) + 1):
             cut = self.cut_before(stage)
@@ -438,5 +442,6 @@ def patch_centres(rows: int, cols: int) -> np.ndarray:
 
 
 def block_key(ctx: Context, name: str) -> Array:
-    """A key of its own for each named use."""
-    return jax.random.fold_in(ctx.key, crc32(name.encode()))
+    """A key of its own for each named use; as many as there are in `ctx`."""
+    fold = jax.vmap(jax.random.fold_in, (0, None)) if ctx.key.ndim else jax.random.fold_in
+    return fold(ctx.key, crc32(name.encode()))

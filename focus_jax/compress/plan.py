@@ -113,12 +113,12 @@ class Plan:
     @property
     def share_entering(self) -> float:
         """Slots of the first decoder layer, as a share of those of every patch."""
-        return self.entering / self.full
+        return self.entering / max(self.full, 1)
 
     @property
     def mean_share(self) -> float:
         """Mean slots over decoder layers, as a share of those of every patch."""
-        return self.mean_slots / self.full
+        return self.mean_slots / max(self.full, 1)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, lists and strings, with the derived figures."""
@@ -163,8 +163,11 @@ def plan(
     head_tokens: int | None = None,
     valid_share: float = 1.0,
     train: bool = False,
+    images: int = 1,
 ) -> Plan:
     """The cost of `method` for one image of `dims.tiles` tiles, forward only.
+
+    `images` of these in one prompt; 0: text alone, of which `dims` still tells the decoder.
 
     `text_tokens` of each question, behind the image; `prefix_tokens` before it; `questions` share
     the image. `head_tokens` rows a question reach the vocabulary (all without it; 1 when
@@ -172,18 +175,18 @@ def plan(
     metrics, or from the padding of an image). `train` takes the slots of training.
     ValueError: what `method.check` finds, or counts that are no counts.
     """
-    check_counts(text_tokens, prefix_tokens, questions, valid_share)
+    check_counts(text_tokens, prefix_tokens, questions, valid_share, images)
     method.check(dims)
-    stages = stage_rows(method, dims, text_tokens, prefix_tokens, questions, train)
-    projected = method.vision.slots(dims)
+    stages = stage_rows(method, dims, text_tokens, prefix_tokens, questions, train, images)
+    projected = images * method.vision.slots(dims)
     valid = valid_tokens(method, round(projected * valid_share), stages, train)
     slots = tuple(s.slots for s in stages for _ in range(s.layers))
     macs = sum(visual_macs(method, dims, sizes, n, layer) for layer, n in enumerate(slots))
-    cuts = cut_flops(method, dims, sizes, stages, text_tokens, prefix_tokens, questions)
-    tower, tower_elementwise = tower_flops(method, dims, sizes)
+    cuts = cut_flops(method, dims, sizes, stages, text_tokens, prefix_tokens, questions, images)
+    tower, tower_elementwise = (images * each for each in tower_flops(method, dims, sizes))
     hidden = projected * sizes.width * (sizes.projector_layers - 1)
     head_rows = questions * (text_tokens if head_tokens is None else head_tokens)
-    decoder, decoder_elementwise = decoder_flops(method, dims, sizes, stages)
+    decoder, decoder_elementwise = decoder_flops(method, dims, sizes, stages, images)
     last = stages[-1]
     if sizes.last_row and head_tokens == 1 and not in_part(method, last.slots):
         spared = layer_flops(sizes, last.rows) - last_row_flops(sizes, last.rows)
@@ -193,7 +196,7 @@ def plan(
         projector=2.0 * (projected * sizes.tower_width + hidden) * sizes.width,
         decoder=decoder,
         head=2.0 * head_rows * sizes.width * sizes.vocab_size,
-        samplers=method.vision.flops(dims) + cuts,
+        samplers=images * method.vision.flops(dims) + cuts,
         elementwise=tower_elementwise + hidden * ACTIVATION["gelu"] + decoder_elementwise,
     )
     return Plan(
@@ -202,7 +205,7 @@ def plan(
         text_tokens=questions * text_tokens + prefix_tokens,
         entering=slots[0],
         entering_valid=valid[0],
-        full=dims.stitched((dims.patches,) * dims.tiles, band=1),
+        full=images * dims.stitched((dims.patches,) * dims.tiles, band=1),
         slots=slots,
         valid=valid,
         flops=flops,
@@ -212,12 +215,14 @@ def plan(
     )
 
 
-def check_counts(text: int, prefix: int, questions: int, valid_share: float) -> None:
+def check_counts(
+    text: int, prefix: int, questions: int, valid_share: float, images: int = 1
+) -> None:
     """ValueError unless the counts are counts."""
-    if text < 1 or prefix < 0 or questions < 1:
+    if text < 1 or prefix < 0 or questions < 1 or images < 0:
         raise ValueError(
-            f"plan: text_tokens={text}, prefix_tokens={prefix}, questions={questions}: "
-            "use at least 1, 0 and 1"
+            f"plan: text_tokens={text}, prefix_tokens={prefix}, questions={questions}, "
+            f"images={images}: use at least 1, 0, 1 and 0"
         )
     if not 0 < valid_share <= 1:
         raise ValueError(f"plan: valid_share={valid_share} is a share of slots: use (0, 1]")
@@ -227,12 +232,18 @@ def check_counts(text: int, prefix: int, questions: int, valid_share: float) -> 
 
 
 def stage_rows(
-    method: Method, dims: Dims, text: int, prefix: int, questions: int, train: bool
+    method: Method,
+    dims: Dims,
+    text: int,
+    prefix: int,
+    questions: int,
+    train: bool,
+    images: int = 1,
 ) -> list[StageRows]:
     """All decoder stages; a cut of its own for each question makes samples of the questions."""
     edges = (0, *method.bounds, dims.layers)
     samples, out = 1, []
-    for stage, slots in enumerate(method.stage_slots(dims, train)):
+    for stage, slots in enumerate(method.stage_slots(dims, train, images)):
         cut = method.cut_before(stage)
         if cut is not None and not cut.shared:
             samples = questions
@@ -255,14 +266,14 @@ def valid_tokens(
 
 
 def decoder_flops(
-    method: Method, dims: Dims, sizes: Sizes, stages: Sequence[StageRows]
+    method: Method, dims: Dims, sizes: Sizes, stages: Sequence[StageRows], images: int = 1
 ) -> tuple[float, float]:
     """Products and element-wise operations of all layers, from the rows that stand in them."""
     products, elementwise, first = 0.0, 0.0, 0
     for stage in stages:
         span = first, first + stage.layers
         if in_part(method, stage.slots):
-            own, others = part_flops(method, dims, sizes, stage, span)
+            own, others = part_flops(method, dims, sizes, stage, span, images)
         else:
             own = stage.layers * layer_flops(sizes, stage.rows)
             others = stage.layers * layer_elementwise(sizes, stage.rows)
@@ -273,7 +284,12 @@ def decoder_flops(
 
 
 def part_flops(
-    method: Method, dims: Dims, sizes: Sizes, stage: StageRows, span: tuple[int, int]
+    method: Method,
+    dims: Dims,
+    sizes: Sizes,
+    stage: StageRows,
+    span: tuple[int, int],
+    images: int = 1,
 ) -> tuple[float, float]:
     """Products and element-wise operations of the layers `span`, run by visual compute."""
     compute = method.compute
@@ -282,7 +298,7 @@ def part_flops(
         whole = replace(sizes, block=0)
         cost = layer_flops(whole, stage.rows), layer_elementwise(whole, stage.rows)
         return stage.layers * cost[0], stage.layers * cost[1]
-    rows = layout(method, dims, 1, stage.slots)
+    rows = layout(method, dims, images, stage.slots)
     text = stage.rows - stage.slots + rows.newlines
     products, elementwise = 0.0, 0.0
     for heads in heads_of(compute, dims, *span, stacked=not sizes.last_row):
@@ -305,13 +321,17 @@ def cut_flops(
     text: int,
     prefix: int,
     questions: int,
+    images: int = 1,
 ) -> float:
-    """Operations of all cuts' scores; each looks at the rows of the stage before it."""
-    before = StageRows(0, method.vision.slots(dims), 0, 1)
+    """Operations of all cuts' scores; each looks at the rows of the stage before it.
+
+    There is nothing to score where no visual token stands.
+    """
+    before = StageRows(0, images * method.vision.slots(dims), 0, 1)
     total = 0.0
     for stage, rows in enumerate(stages):
         cut = method.cut_before(stage)
-        if cut is not None:
+        if cut is not None and before.slots:
             total += before.samples * cut.flops(
                 dims, before.slots, text, sizes.heads * sizes.head_dim,
                 sizes.kv_heads * sizes.head_dim, prefix=prefix,

@@ -24,6 +24,7 @@ from focus_jax.models.attention import (
     softmax,
     visible,
 )
+from focus_jax.models.lora import ADAPTED, LowRank, adapted
 from focus_jax.sharding import Layout, in_use, pinned
 
 
@@ -122,6 +123,14 @@ class DecoderLayer(nnx.Module):
 
         if cfg.init == "mimetic":
             self.imitate()
+        # Last, so that the other fresh weights are those of a model without updates.
+        targets = model.lora.targets if model.lora.rank else ()
+        self.lora = nnx.Dict({t: self.low_rank(t, model.lora.rank, rngs) for t in targets})
+
+    def low_rank(self, target: str, rank: int, rngs: nnx.Rngs) -> LowRank:
+        """A fresh low-rank update of a kernel."""
+        inputs, outputs = getattr(self, target).kernel.shape
+        return LowRank(inputs, outputs, rank, rngs=rngs)
 
     def imitate(self) -> None:
         """Tie fresh weights: keys to queries, output to values, feed-forward silent."""
@@ -301,7 +310,8 @@ REMAT = {
     "full": POLICIES.save_only_these_names(RESIDUALS),
     "mlp": POLICIES.save_only_these_names(RESIDUALS, "mlp"),
     "dots": POLICIES.save_from_both_policies(
-        POLICIES.dots_with_no_batch_dims_saveable, POLICIES.save_only_these_names(RESIDUALS)
+        POLICIES.dots_with_no_batch_dims_saveable,
+        POLICIES.save_only_these_names(RESIDUALS, ADAPTED),
     ),
 }
 
@@ -326,7 +336,7 @@ class Decoder(nnx.Module):
         kw = dtypes(model)
         self.layout = layout
         self.cfg, self.remat, self.unroll = cfg, model.remat, model.unroll
-        self.impl = model.attention
+        self.impl, self.lora = model.attention, model.lora
         init = nnx.initializers.normal(EMBEDDING)
         self.embed = nnx.Embed(cfg.vocab_size, cfg.width, embedding_init=init, **kw, rngs=rngs)
         keys = jax.random.split(rngs.params(), cfg.layers)
@@ -355,8 +365,8 @@ class Decoder(nnx.Module):
         return self.use(jax.tree.map(lambda a: a[0], layers))
 
     def use(self, layer: DecoderLayer) -> DecoderLayer:
-        """A layer as it computes: its parameters gathered."""
-        return in_use(self.layout, layer, "decoder.layers.")
+        """A layer as it computes: its parameters gathered, its low-rank updates in place."""
+        return adapted(in_use(self.layout, layer, "decoder.layers."), self.lora)
 
     def embedded(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Rows of the embedding table."""
@@ -382,7 +392,7 @@ class Decoder(nnx.Module):
         mask = None if maskless else visible(rows, x.shape[1])
 
         def body(h: Array, layer: DecoderLayer, _):
-            h, (q, k, v) = self.use(layer)(h, by, rows, mask)
+            h, (q, k, v) = layer(h, by, rows, mask)
             seen = observe(q, k, mask) if observe is not None else None
             return h, (as_cache(k, v, self.layout) if keep else None, seen)
 
@@ -393,15 +403,16 @@ class Decoder(nnx.Module):
         return x, *kept
 
     def walk(self, stage: int, body, x: Any, parts: Sequence[Any] | None = None) -> tuple[Any, Any]:
-        """`body(x, layer, part)` -> (x, result) through the layers of a stage.
+        """`body(x, layer, part)` -> (x, result) through a stage's layers, each as `use` gives it.
 
         `parts`: a tree of arrays for each layer, of one shape where layers are stacked. The results
         are stacked likewise, or a list where layers stand apart.
         """
-        if self.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
         layers = self.stages[stage]
-        step = lambda h, layer_part: body(h, *layer_part)  # noqa: E731
+        run = lambda h, layer, part: body(h, self.use(layer), part)  # noqa: E731
+        if self.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT[self.remat], prevent_cse=False)
+        step = lambda h, layer_part: run(h, *layer_part)  # noqa: E731
         if isinstance(layers, nnx.List):
             return through(step, x, zip(layers, parts or [None] * len(layers), strict=True))
         stacked = None if parts is None else jax.tree.map(lambda *a: np.stack(a), *parts)

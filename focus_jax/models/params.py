@@ -1,7 +1,7 @@
 """Parameters by name: the canonical flat tree that serves every method."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from focus_jax.compress.method import Method
 from focus_jax.config import ModelConfig
 from focus_jax.models.decoder import spans
+from focus_jax.models.lora import is_lora
 from focus_jax.models.vlm import VLM
 from focus_jax.sharding import Layout, name_of
 
@@ -102,6 +103,21 @@ def initialise(cfg: ModelConfig, method: Method, seed: int, layout: Layout | Non
     return with_leaves(shape, jax.jit(lambda: named_leaves(make()), out_shardings=shardings)())
 
 
+def fresh_leaves(
+    cfg: ModelConfig, method: Method, seed: int, wanted: Iterable[str], layout: Layout
+) -> dict[str, Leaf]:
+    """Those of a fresh model's canonical parameters that are wanted; the others are never made."""
+    wanted = list(wanted)
+
+    def make() -> dict[str, Any]:
+        leaves = canonical(named_leaves(VLM(cfg, method, rngs=nnx.Rngs(seed), layout=layout)))
+        return {name: leaves[name] for name in wanted}
+
+    if not wanted:
+        return {}
+    return jax.jit(make, out_shardings=stored(jax.eval_shape(make), layout))()
+
+
 def canonical_name(name: str) -> str:
     """`decoder.layers.q.kernel` for `decoder.stages.1.q.kernel`."""
     match = STAGE.match(name)
@@ -139,6 +155,26 @@ def with_method(
     base = {k: v for k, v in tree.items() if not is_sampler(k)}
     leaves = staged(base, method.bounds, cfg.stacked)
     wanted = named_leaves(shape)
+    make = None if init is None else lambda names: pick(named_leaves(init()), names)
+    leaves |= samplers_of(tree, wanted, method, make)
+    check_same(wanted, leaves)
+    return with_leaves(shape, leaves if layout is None else place(leaves, layout))
+
+
+def pick(leaves: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: leaves[name] for name in names}
+
+
+def samplers_of(
+    tree: Mapping[str, Leaf],
+    wanted: Mapping[str, Any],
+    method: Method,
+    init: Callable[[list[str]], dict[str, Any]] | None,
+) -> dict[str, Leaf]:
+    """A method's samplers among `wanted`, from a tree; `init` makes those that it lacks.
+
+    ValueError where some are lacking and there is no `init`.
+    """
     samplers = {k: v for k, v in tree.items() if is_sampler(k) and k in wanted}
     lacking = [k for k in wanted if is_sampler(k) and not fits(samplers.get(k), wanted[k])]
     if lacking and init is None:
@@ -147,12 +183,7 @@ def with_method(
             f"{lacking[0]} {tuple(wanted[lacking[0]].shape)}: train with it, ask for "
             "--init-samplers random, or use gate='measured', which learns nothing"
         )
-    if lacking and init is not None:
-        fresh = named_leaves(init())
-        samplers |= {k: fresh[k] for k in lacking}
-    leaves |= samplers
-    check_same(wanted, leaves)
-    return with_leaves(shape, leaves if layout is None else place(leaves, layout))
+    return samplers | init(lacking) if lacking and init is not None else samplers
 
 
 def fits(leaf: Any, wanted: Any) -> bool:
@@ -165,9 +196,14 @@ def check_same(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         need = shape_of(wanted[name]) if name in wanted else None
         have = shape_of(found[name]) if name in found else None
         if need != have:
+            mend = "load it with the model config it was trained with"
+            if is_lora(canonical_name(name)) and need is None:
+                mend = "add them to the kernels first (models.lora.merged), or set model.lora"
+            elif is_lora(canonical_name(name)) and have is None:
+                mend = "set model.lora.rank to 0, or start training from it (train.init_from)"
             raise ValueError(
                 f"parameters differ at {name}: the model needs {words(need)}, the checkpoint "
-                f"has {words(have)}; load it with the model config it was trained with"
+                f"has {words(have)}; {mend}"
             )
 
 

@@ -9,6 +9,7 @@ from focus_jax.compress.plan import Sizes, StageRows, plan, stage_rows
 from focus_jax.config import ModelConfig
 from focus_jax.evaluate.operations import target_flops
 from focus_jax.experiment import TrainStage
+from focus_jax.models.lora import is_lora
 from focus_jax.models.vlm import dims_of, sizes_of
 
 TRAIN_CONVENTION = (
@@ -20,16 +21,20 @@ FORWARD_CONVENTION = "products of matrices of unpadded rows, forward; causal hal
 
 @dataclass(frozen=True)
 class Request:
-    """What one image comes with: tiles (thumbnail included), text behind and before it."""
+    """What one sample has: images of so many tiles (thumbnail included), text behind and before.
+
+    Without images (0), `tiles` says nothing.
+    """
 
     tiles: int
     text: int
     prefix: int
     questions: int = 1
+    images: int = 1
 
 
 class Forward(NamedTuple):
-    """Operations of one image's forward pass, by part; attention of the decoder apart."""
+    """Operations of one sample's forward pass, by part; attention of the decoder apart."""
 
     tower: float
     projector: float
@@ -42,16 +47,16 @@ class Forward(NamedTuple):
 def forward(
     model: ModelConfig, method: Method, request: Request, train: bool, head_tokens: int | None
 ) -> Forward:
-    """Products of one image's forward pass, causal half; attention inside the tower is its own."""
+    """Products of one sample's forward pass, causal half; attention in the tower is its own."""
     dims, sizes = dims_of(model, request.tiles), causal(model)
     cost = plan(
         method, dims, sizes, request.text, prefix_tokens=request.prefix,
-        questions=request.questions, head_tokens=head_tokens, train=train,
+        questions=request.questions, head_tokens=head_tokens, train=train, images=request.images,
     ).flops  # fmt: skip
     met = sum(attention(sizes, stage) for stage in stages_of(model, method, request, train))
     # Visual compute counts its own attention, inside its layers: it stays with the decoder's.
     met = 0.0 if method.compute is not None and method.compute.active else met
-    samplers = cost.samplers + (target_flops(method, dims) if train else 0.0)
+    samplers = cost.samplers + (request.images * target_flops(method, dims) if train else 0.0)
     return Forward(cost.tower, cost.projector, cost.decoder - met, met, cost.head, samplers)
 
 
@@ -64,7 +69,7 @@ def stages_of(model: ModelConfig, method: Method, request: Request, train: bool)
     """Rows of each decoder stage."""
     return stage_rows(
         method, dims_of(model, request.tiles), request.text, request.prefix, request.questions,
-        train,
+        train, request.images,
     )  # fmt: skip
 
 
@@ -77,7 +82,8 @@ def attention(sizes: Sizes, stage: StageRows) -> float:
 def times(stage: TrainStage) -> dict[str, float]:
     """How often each part's forward operations count in a training step (`TRAIN_CONVENTION`).
 
-    A part learns when one of its parameters does. Samplers' scores and targets pass no gradient.
+    A part learns when one of its parameters does; through low-rank updates, whose own operations
+    are left out, gradients only pass. Samplers' scores and targets pass no gradient.
     """
     out, reached = {}, False
     for part, prefix in (
@@ -86,15 +92,16 @@ def times(stage: TrainStage) -> dict[str, float]:
         ("newline", "image_newline"),
         ("decoder", "decoder."),
     ):
-        learns = any(p.startswith(prefix) or prefix.startswith(p) for p in stage.train)
+        own = [p for p in stage.train if p.startswith(prefix) or prefix.startswith(p)]
+        learns = not all(map(is_lora, own))
+        reached = reached or bool(own)
         out[part] = 3.0 if learns else 2.0 if reached else 1.0
-        reached = reached or learns
     passed = out["decoder"] > 1
     return out | {"attention": 3.0 if passed else 1.0, "head": out["decoder"], "samplers": 1.0}
 
 
 def train_flops(model: ModelConfig, method: Method, request: Request, stage: TrainStage) -> float:
-    """Operations of one image in a training step."""
+    """Operations of one sample in a training step."""
     return weighed(forward(model, method, request, True, None), times(stage))
 
 
@@ -121,6 +128,6 @@ def weighed(cost: Forward, by: Mapping[str, float]) -> float:
 
 
 def entering_rows(model: ModelConfig, method: Method, request: Request, train: bool) -> int:
-    """Text and visual tokens of one image that enter the decoder."""
+    """Text and visual tokens of one sample that enter the decoder."""
     first = stages_of(model, method, request, train)[0]
     return first.rows * first.samples

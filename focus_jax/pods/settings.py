@@ -22,7 +22,9 @@ SMALL = {
 }
 SETTINGS: dict[str, dict[str, Setting]] = {
     "focusllava_7b": SMALL,
-    "focusllava_llama3_8b": SMALL,
+    # Its vocabulary is four times as large.
+    "focusllava_llama3_8b": SMALL
+    | {"v5e:8x8": Setting("fsdp=32,tensor=2", accumulate=4, remat="mlp")},
     "focusllava_13b": {
         "v5e:8x8": Setting("fsdp=32,tensor=2", accumulate=4, remat="mlp"),
         "v5e:16x16": Setting("fsdp=64,tensor=4"),

@@ -11,6 +11,7 @@ from focus_jax.compress.baselines import full, pool
 from focus_jax.compress.focusllava import focusllava
 from focus_jax.compress.text_guided import TextGuided
 from focus_jax.compress.vision_guided import VisionGuided
+from focus_jax.models.params import named_leaves, with_leaves
 from focus_jax.models.vlm import Inputs, dims_of
 from tests.models.tiny_models import (
     RUN,
@@ -20,6 +21,7 @@ from tests.models.tiny_models import (
     random_inputs,
     random_model,
     random_tree,
+    shape_of,
 )
 from tests.quick import compiled
 
@@ -274,3 +276,34 @@ def test_bfloat16_runs():
     inputs = random_inputs(SINGLE)
     want = logits(random_model(SINGLE, pool(4)), inputs)
     np.testing.assert_allclose(logits(model, inputs), want, rtol=0.1, atol=0.25)
+
+
+def text_alone() -> tuple[Inputs, Inputs]:
+    """Prompts without an image: none at all, and three tiles of which nothing is valid."""
+    inputs = random_inputs(TILED, tiles=3, text=5)
+    padded = inputs._replace(
+        image_at=jnp.ones((2, 1), jnp.int32), patch_valid=jnp.zeros_like(inputs.patch_valid)
+    )
+    none = {name: getattr(inputs, name)[:, :0] for name in ("pixels", "patch_valid", "origin")}
+    return inputs._replace(**none, image_at=jnp.zeros((2, 0), jnp.int32)), padded
+
+
+def test_text_alone_equals_an_image_without_a_patch():
+    model = random_model(TILED, FOCUS)
+    alone, padded = text_alone()
+    close(logits(model, alone), logits(model, padded))
+
+
+@pytest.mark.slow
+def test_text_alone_teaches_the_decoder_and_nothing_else():
+    def slope(leaves, inputs):
+        found = with_leaves(shape_of(TILED, FOCUS), leaves)(inputs, RUN._replace(train=True))
+        return found.hidden.sum() + sum(found.aux.losses.values())
+
+    leaves = named_leaves(random_model(TILED, FOCUS))
+    slopes = compiled(jax.grad(slope))(leaves, text_alone()[0])
+    assert {name.split(".")[0] for name in slopes} > {"decoder", "samplers", "vision"}
+    idle = ("decoder.head", "decoder.norm")  # behind the hidden rows
+    for name, leaf in slopes.items():
+        learns = name.startswith("decoder.") and not name.startswith(idle)
+        assert bool((leaf != 0).any()) == learns, name

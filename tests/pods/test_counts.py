@@ -52,6 +52,15 @@ def test_forward_of_full_tokens():
             {"tower": 1, "projector": 3, "decoder": 3, "attention": 3, "head": 3},
         ),
         (("projector.",), {"tower": 1, "projector": 3, "decoder": 2, "attention": 3, "head": 2}),
+        # Through low-rank updates gradients pass; no kernel's own is computed.
+        (
+            ("decoder.layers.lora.", "projector."),
+            {"tower": 1, "projector": 3, "decoder": 2, "attention": 3, "head": 2},
+        ),
+        (
+            ("decoder.layers.lora.",),
+            {"tower": 1, "projector": 1, "decoder": 2, "attention": 3, "head": 2},
+        ),
         (("vision.",), {"tower": 3, "projector": 2, "decoder": 2, "attention": 3, "head": 2}),
         (("decoder.",), {"tower": 1, "projector": 1, "decoder": 3, "attention": 3, "head": 3}),
     ],
