@@ -5,12 +5,12 @@ batches of 256. Stage 2 instructs: all but the tower learns at 2e-5, 665,000 con
 batches of 128, as LLaVA-1.5 does; LLaVA-NeXT trains the tower too, at a fifth of its 1e-5
 (`train=("",)`, `learning_rate=1e-5`, `scale=(("vision.", 0.2),)`).
 
-The data are LLaVA's, built once (docs/data.md):
+The data are LLaVA's, built once (docs/data.md tells how to name the archives of each source):
 
     python -m focus_jax data build --json blip_laion_cc_sbu_558k.json --images images.zip \
         --out data/llava_pretrain
     python -m focus_jax data build --json llava_v1_5_mix665k.json --out data/llava_mix665k \
-        --images coco=coco gqa=gqa ocr_vqa=ocr_vqa textvqa=textvqa vg=vg
+        --images FOLDER
 
 Other folders: `--train.stages.0.dataset`, `--train.stages.1.dataset`. Stage 1 is template `plain`,
 stage 2 the model's own. Training starts from `--train.init-from decoder=VICUNA,vision=CLIP`.

@@ -64,22 +64,23 @@ def open_workdir(
 
     The vocabulary's size follows the embedded set's tokenizer; for dialogues the model's own is
     kept, and the tokenizer's files are copied. Process 0 writes, the others return when it has.
+    Until there is a checkpoint, another experiment takes the place of the one that failed.
     Raises ValueError when the workdir belongs to another experiment, naming the first field that
     differs, and on every process when it cannot be written.
     """
     workdir = Path(workdir)
-    dialogues = has_dialogues(cfg)
+    dialogues, begun = has_dialogues(cfg), has_checkpoint(workdir)
     if dialogues:
         check_stages(cfg)
-        own = (workdir / TOKENIZER / "tokenizer.json").is_file()
+        own = begun and (workdir / TOKENIZER / "tokenizer.json").is_file()
         tokenizer = tokenizer_of(cfg) if not own else load_tokenizer(workdir / TOKENIZER)
     else:
         tokenizer = glyph_tokenizer(cfg.data)
         cfg = with_vocabulary(cfg, len(tokenizer))
     path = workdir / CONFIG
-    if path.exists():
+    if begun and path.exists():
         check_same_run(from_json(path.read_text(encoding="utf-8"), str(path)), cfg, path)
-    error = write_workdir(workdir, cfg, tokenizer) if jax.process_index() == 0 else None
+    error = write_workdir(workdir, cfg, tokenizer, begun) if jax.process_index() == 0 else None
     # The others wait here, and stop as well where the first could not write.
     if multihost_utils.broadcast_one_to_all(np.int32(error is not None)):
         raise ValueError(
@@ -92,14 +93,22 @@ def open_workdir(
     return workdir, tokenizer, cfg
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run in the folder has come to a checkpoint: others may not go on in it."""
+    return any(step.name.isdecimal() for step in (workdir / "checkpoints").glob("*"))
+
+
 def write_workdir(
-    workdir: Path, cfg: Experiment, tokenizer: PreTrainedTokenizerFast
+    workdir: Path, cfg: Experiment, tokenizer: PreTrainedTokenizerFast, begun: bool
 ) -> OSError | None:
-    """Write config and tokenizer into the folder, made if need be; returns what went wrong."""
+    """Write config and tokenizer into the folder, made if need be; returns what went wrong.
+
+    The tokenizer of a run that has `begun` stays.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(workdir / CONFIG, to_json(cfg))
-        if not (workdir / TOKENIZER).exists():
+        if not begun or not (workdir / TOKENIZER).exists():
             save_tokenizer(tokenizer, workdir / TOKENIZER)
     except OSError as error:
         return error

@@ -20,6 +20,15 @@ os.environ["XLA_FLAGS"] = " ".join(
 PROGRAM = Path(__file__).with_name("micro.py")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Thousands of compiled programs are gigabytes, and no other module wants them."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
     """`workdir` of a finished run of `program` with `flags` over it; do not write into it."""

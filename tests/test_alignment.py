@@ -30,7 +30,9 @@ def batches():
     ]
 
 
-@pytest.fixture(scope="module", params=["linear", "mlp2x_gelu"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("linear", marks=pytest.mark.slow), "mlp2x_gelu"]
+)
 def model(request):
     vision = replace(MODEL.vision, feature_layer=-1)
     return initialise(replace(MODEL, vision=vision, projector=request.param), full(), seed=0)

@@ -101,6 +101,7 @@ def test_stage_and_projector_apart_are_what_the_model_sees(name):
         np.testing.assert_allclose(a, b, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_parts_of_a_profile_add_up_to_the_whole_program():
     vlm = random_model(SMALL)
     weights = Weights(SMALL, canonical(named_leaves(vlm)))

@@ -163,6 +163,7 @@ def test_all_tokens_train_as_well(built, programs, tmp_path):
 def test_a_workdir_keeps_the_tokenizer_and_the_vocabulary(built, tmp_path):
     _, tokenizer, config = workdir.open_workdir(built.config, tmp_path / "run")
     assert config == built.config and config.model.decoder.vocab_size == 64 > len(tokenizer)
+    (tmp_path / "run" / "checkpoints" / "2").mkdir(parents=True)
     shutil.move(built.words, tmp_path / "gone")
     try:
         again = workdir.open_workdir(built.config, tmp_path / "run")[1]
@@ -191,6 +192,7 @@ def changed(config, stage=None, **fields):
 
 def test_a_moved_data_set_may_serve_and_another_kind_may_not(built, tmp_path):
     workdir.open_workdir(built.config, tmp_path)
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     workdir.open_workdir(changed(built.config, dataset="elsewhere"), tmp_path)
     workdir.open_workdir(changed(built.config, stage={"dataset": "a"}, dataset="b"), tmp_path)
     with pytest.raises(ValueError, match=r"data were dialogues, are the embedded set; choose"):

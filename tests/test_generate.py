@@ -110,7 +110,10 @@ def test_extended_prompt_equals_the_whole_run(dialogue):
     close(again.logits, [want[i, n + NEW - 1] for i, n in enumerate(lengths)])
 
 
-@pytest.mark.parametrize("name", ["cut", "renumbered", "at_entry"])
+@pytest.mark.parametrize(
+    "name",
+    ["cut", *(pytest.param(n, marks=pytest.mark.slow) for n in ("renumbered", "at_entry"))],
+)
 def test_anew_equals_a_fresh_run_on_the_whole_dialogue(name):
     model = random_model(APART, METHODS[name])
     whole = random_inputs(SINGLE, text=13)
@@ -206,7 +209,10 @@ def random_prompts(count: int) -> tuple[list[Prompt], list[list[Tiles]]]:
 
 @pytest.mark.parametrize(
     "method",
-    [full(), focusllava(VisionGuided(budget=28, hidden=8), TextGuided(layer=1, keep=0.3))],
+    [
+        pytest.param(full(), marks=pytest.mark.slow),
+        focusllava(VisionGuided(budget=28, hidden=8), TextGuided(layer=1, keep=0.3)),
+    ],
     ids=["full", "focusllava"],
 )
 def test_a_mixed_batch_says_what_single_runs_say(method):

@@ -119,7 +119,12 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("tied head, photos of unlike sizes", "extreme aspect", "a photo behind the last word")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES]
+)
 def test_equal_to_transformers(name, checkpoint, photo, capsys, tmp_path):
     kind, text, prompt, sizes = CASES[name]
     images, dump = [photo(*size) for size in sizes], tmp_path / "new" / "dump.npz"

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import focus_jax as fj
+import focus_jax.pipeline as pipeline_module
 from focus_jax.compress.vision_guided import VisionGuided
 from focus_jax.data.conversation import CHATML, LLAMA3, MISTRAL, VICUNA_V1
 from focus_jax.data.images import CorruptImage
@@ -21,6 +23,7 @@ from focus_jax.methods import method_from_json, method_to_json, parse_method
 from focus_jax.models.params import named_leaves
 from focus_jax.parity import compare
 from focus_jax.pipeline import samplers_of, stop_tokens, template_of
+from focus_jax.pipeline_files import BLOCK, BLOCKS, digest, for_generating
 from focus_jax.sharding import make_layout
 from focus_jax.workdir import data_source, read_workdir
 from tests.hf_models import PINPOINTS, make_tokenizer, write_clip, write_llava
@@ -63,6 +66,7 @@ def test_photos_come_in_any_form(vlm, photos, tmp_path):
     assert len(vlm.answers(["What is it?"], [whole], max_new_tokens=8, stop=())[0].tokens) == 8
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_batch(vlm, photos):
     prompts = ["What?", "How many <image> are\nin <image> here?", "A long question about nothing"]
     images = [photos[0], [photos[1], photos[2]], []]
@@ -86,13 +90,11 @@ def test_a_literal_prompt_has_no_template_around_it(vlm, photos):
     assert asked.image_at == (here,)
 
 
-def test_another_method_is_another_value(vlm, photos):
+def test_another_method_is_another_value(vlm):
     method = fj.methods.focusllava(vision=None, text_layer=1, keep=0.25)
     other = vlm.with_method(method)
     assert other.vlm.method == method
     assert vlm.vlm.method.name == "full"
-    [answer] = other.generate(["What?"], images=[photos[0]], max_new_tokens=4)
-    assert isinstance(answer, str)
     again = other.with_method(fj.methods.full())
     for name, leaf in named_leaves(vlm.vlm).items():
         np.testing.assert_array_equal(named_leaves(again.vlm)[name], leaf, err_msg=name)
@@ -107,18 +109,27 @@ def test_a_learned_method_without_weights_is_refused(vlm, directory):
     assert vlm.with_method(method, init_samplers="random").vlm.method == method
 
 
-def test_saved_and_loaded_says_the_same_to_the_bit(vlm, photos, tmp_path):
-    method = fj.methods.focusllava(SMALL, text_layer=1, keep=0.5)
-    ours = vlm.with_method(method, init_samplers="random")
-    ours.save(tmp_path / "saved")
+@pytest.fixture(scope="module")
+def learned(vlm):
+    return vlm.with_method(fj.methods.focusllava(SMALL, 1, keep=0.5), init_samplers="random")
+
+
+def test_saved_and_loaded_is_the_same_to_the_bit(learned, tmp_path):
+    learned.save(tmp_path / "saved")
     written = set(os.listdir(tmp_path / "saved"))
     assert {"samplers.safetensors", "method.json", "config.json"} <= written
     back = fj.load(tmp_path / "saved", dtype="float32")
-    assert back.vlm.method == method
-    for name, leaf in named_leaves(ours.vlm).items():
+    assert back.vlm.method == learned.vlm.method
+    for name, leaf in named_leaves(learned.vlm).items():
         np.testing.assert_array_equal(named_leaves(back.vlm)[name], leaf, err_msg=name)
+
+
+@pytest.mark.slow
+def test_saved_and_loaded_says_the_same(vlm, learned, photos, tmp_path):
+    learned.save(tmp_path / "saved")
+    back = fj.load(tmp_path / "saved", dtype="float32")
     ask = {"prompts": ["What?"], "images": [photos[1]], "max_new_tokens": 8}
-    assert back.answers(**ask) == ours.answers(**ask)
+    assert back.answers(**ask) == learned.answers(**ask)
     plain = fj.load(tmp_path / "saved", dtype="float32", method=fj.methods.full())
     assert plain.answers(**ask) == vlm.answers(**ask)
 
@@ -186,6 +197,7 @@ def test_templates_and_stop_tokens(tmp_path):
         assert stop_tokens(tmp_path, tokenizer, template) == tuple(sorted({2, 77, end}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llava", "next"])
 def test_a_checkpoint_in_llavas_own_layout(directory, vlm, photos, tmp_path, kind):
     """The same answers from the same weights, with the tokenizer of another directory."""
@@ -234,6 +246,7 @@ def tower(folder: Path) -> Path:
     return folder / "clip"
 
 
+@pytest.mark.slow
 def test_half_precision_is_what_was_asked_for(directory, photos):
     assert fj.load(directory).vlm.cfg.compute_dtype == "float32"  # on a CPU
     half = fj.load(directory, dtype="bfloat16")
@@ -242,19 +255,47 @@ def test_half_precision_is_what_was_asked_for(directory, photos):
     assert half.generate(["What?"], images=[photos[0]], max_new_tokens=2)
 
 
+@pytest.mark.slow
 def test_a_training_run_answers_as_its_own_evaluation_does(micro, tmp_path):
     path = tmp_path / "answers.jsonl"
     evaluate(micro.workdir, split="test", limit=1, batch=4, out=path)
     told = [json.loads(line) for line in path.read_text().splitlines()]
     image = data_source(read_workdir(micro.workdir)[0], "test")[0]["image"]
     run = fj.load(micro.workdir)
-    assert run.vlm.method.name == "focusllava" and not run.vlm.cfg.stacked
-    assert run.name == f"{micro.workdir} step 2"
     said = run.generate([a["question"] for a in told], [image] * 4, max_new_tokens=4)
     assert said == [a["prediction"] for a in told]
+
+
+def test_a_training_runs_fp32_weights_go_as_they_are_cast(micro, monkeypatch):
+    """Of a 7B model both at once would be 42 GB."""
+    there = []
+
+    def watched(*given):
+        out = for_generating(*given)
+        there.append(sum(array.nbytes for array in jax.live_arrays()))
+        return out
+
+    monkeypatch.setattr(pipeline_module, "for_generating", watched)
+    run = fj.load(micro.workdir, dtype="bfloat16")
+    assert there[-1] < there[0]
+    assert run.vlm.method.name == "focusllava" and not run.vlm.cfg.stacked
+    assert run.name == f"{micro.workdir} step 2" and len(run.weights) == 16
     assert run.method("focusllava") == run.vlm.method
     with pytest.raises(ValueError, match="is a training run, which has its tower"):
         fj.load(micro.workdir, tokenizer=micro.workdir / "tokenizer")
+
+
+def test_a_digest_tells_weights_from_others(tmp_path):
+    for name in ("one", "copy", "other"):
+        (tmp_path / name).mkdir()
+        weights = bytearray(3 * BLOCKS * BLOCK)
+        weights[3 * BLOCK] = name == "other"
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+        (tmp_path / name / "README.md").write_text(name)
+    one, copy, other = (digest([tmp_path / name]) for name in ("one", "copy", "other"))
+    assert one == copy != other
+    (tmp_path / "copy" / "samplers.safetensors").write_bytes(b"x")
+    assert digest([tmp_path / "copy"]) != one
 
 
 @pytest.mark.slow

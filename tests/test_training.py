@@ -235,6 +235,7 @@ def test_low_rank_updates_learn_alone(whole, tuned):
     assert_same(parameters(tuned.workdir, 4), tuned.last)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_with_low_rank_updates_goes_on_bit_equal(tuned, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at(patch, 3)
@@ -352,6 +353,7 @@ def additive(config):
     )
 
 
+@pytest.mark.slow
 def test_two_batches_accumulated_are_one_of_both(experiment, tmp_path):
     stage = replace(JOINT, steps=3, learning_rate=1e-3)
     found = []
@@ -394,6 +396,7 @@ def test_rates_follow_the_schedule_and_the_part():
             np.testing.assert_allclose(updates[name], -rate * factor[name], rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(experiment, tmp_path, monkeypatch):
     def broken(vlm, batch, ctx):
         loss = OBJECTIVES["words"](vlm, batch, ctx)

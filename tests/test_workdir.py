@@ -65,10 +65,19 @@ def test_a_workdir_holds_its_config_and_tokenizer(config, tmp_path):
 )
 def test_another_experiment_is_refused(config, tmp_path, path, value, said):
     open_workdir(config, tmp_path)
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(ValueError, match=f"config.json belongs to another run: \\S*{said}; choose"):
         open_workdir(changed(config, path, value), tmp_path)
     assert (tmp_path / "config.json").read_text() == before
+
+
+def test_without_a_checkpoint_settings_may_be_mended(config, tmp_path):
+    """A first start that fails, for memory or a wrong name, leaves nothing in the way."""
+    open_workdir(config, tmp_path)
+    (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+    other = open_workdir(changed(config, "data.glyphs.groups", 1), tmp_path)[2]
+    assert read_workdir(tmp_path)[0] == other != config
 
 
 @pytest.mark.parametrize(
@@ -87,6 +96,7 @@ def test_another_experiment_is_refused(config, tmp_path, path, value, said):
 )
 def test_what_leaves_the_parameters_alone_may_change(config, tmp_path, path, value):
     open_workdir(config, tmp_path)
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     _, _, resolved = open_workdir(changed(config, path, value), tmp_path)
     assert read_workdir(tmp_path)[0] == resolved != config
 

@@ -2,22 +2,22 @@
 
 import argparse
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from focus_jax.cli.arguments import Parser, argv_or, not_negative, positive
 from focus_jax.cli.common import friendly
 from focus_jax.cli.progress import SampleMeter
+from focus_jax.data.image_store import Several
+from focus_jax.data.inputs import add_input_flags, names_rows, open_inputs
 
 if TYPE_CHECKING:
     from focus_jax.data.build import Report
 
-RowsT = TypeVar("RowsT")
 COMMANDS = {
-    "build": "LLaVA's JSON and its images become a TFDS data set; goes on where it was stopped",
+    "build": "LLaVA's rows and images become a TFDS data set; goes on where it was stopped",
     "check": "rows, lengths and bad rows of a data set, and a sheet of samples with their masks",
 }
 
@@ -40,20 +40,15 @@ def build(flags: argparse.Namespace) -> int:
     # TFDS takes a second to import: not for a --help.
     from focus_jax.data.build import BuildConfig
     from focus_jax.data.build import build as build_set
-    from focus_jax.data.image_store import Several, Shards, open_stores
-    from focus_jax.data.row_files import JsonRows, RowSource, open_shard_rows
 
-    if not flags.json and not flags.webdataset:
-        raise ValueError("no rows: give --json FILE, or --webdataset DIR")
+    if not names_rows(flags):
+        raise ValueError("no rows: give --json FILE, --parquet FILE or --webdataset DIR")
     cfg = BuildConfig(
         flags.shards, flags.workers, flags.max_bad_share, name=flags.name,
         verify_images=not flags.headers_only,
     )  # fmt: skip
-    images = open_stores(flags.images)
-    rows: list[RowSource] = [_listed(path, JsonRows) for path in flags.json]
-    if flags.webdataset:
-        rows.append(_listed(flags.webdataset, open_shard_rows))
-        images = Several([Shards(sorted(flags.webdataset.glob("*.tar"))), *images.stores])
+    rows, images = open_inputs(flags)
+    images = images or Several(())
     with SampleMeter("build") as meter:
         report = build_set(rows, images, flags.out, cfg, lambda now: meter(now.done, now.total))
     print(summary(report), end="")
@@ -87,16 +82,7 @@ def build_parser() -> Parser:
             "coco/train2017/1.jpg from the first."
         ),
     )
-    out.add_argument(
-        "--json", nargs="+", type=Path, default=[], metavar="FILE", help="JSON list or JSON lines"
-    )
-    out.add_argument(
-        "--images", nargs="+", default=[], metavar="STORE",
-        help="folder, .zip, .tar or folder of .tar shards; NAME=STORE puts it below NAME/",
-    )  # fmt: skip
-    out.add_argument(
-        "--webdataset", type=Path, metavar="DIR", help="shards that hold KEY.json beside KEY.jpg"
-    )
+    add_input_flags(out)
     out.add_argument("--out", required=True, type=Path, metavar="DIR", help="the data set's folder")
     out.add_argument(
         "--shards", type=not_negative, default=0, metavar="N", help="default: one for 2,500 rows"
@@ -143,8 +129,3 @@ def size(count: int) -> str:
             break
         value /= 1000
     return f"{value:.3g} {unit}"
-
-
-def _listed(path: Path, read: Callable[[Path], RowsT]) -> RowsT:
-    print(f"reading {path}", file=sys.stderr, flush=True)
-    return read(path)

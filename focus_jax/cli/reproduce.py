@@ -32,9 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("checkpoint", "data", "out"):
         if not getattr(flags, name):
             out.error(f"--{name} is missing (--list shows the table without running it)")
-    with joined(flags, preemptible=False):
-        with alone(flags.out):
-            run(table, flags)
+    with joined(flags, preemptible=False), alone(flags.out):
+        run(table, flags)
     return 0
 
 

@@ -297,9 +297,14 @@ def _check_share(bad: int, total: int, most: float, listed: Path, seen: int | No
         after = "" if seen is None else f" after {seen} of them"
         raise ValueError(
             f"{bad} of {total} rows are bad{after}, more than the share of {most:g} that may be:"
-            f" {listed} says which and why; mend them, or allow more with max_bad_share"
-            " (--max-bad-share): what was built is kept"
+            f" {listed} says which and why (the first: {_first_reason(listed)}); mend them, or"
+            " allow more with max_bad_share (--max-bad-share): what was built is kept"
         )
+
+
+def _first_reason(listed: Path) -> str:
+    with listed.open(encoding="utf-8") as file:
+        return str(json.loads(file.readline())["reason"])
 
 
 def _write_bad(out: Path, bad: Sequence[str]) -> None:

@@ -18,9 +18,8 @@ from focus_jax.data.built import open_built
 from focus_jax.data.check_report import as_markdown, draw_histograms
 from focus_jax.data.conversation import TEMPLATES, Template
 from focus_jax.data.dialogue import DialogueSource
-from focus_jax.data.image_store import Several, Shards, open_stores
+from focus_jax.data.inputs import add_input_flags, names_rows, open_inputs
 from focus_jax.data.preprocess import ImageConfig
-from focus_jax.data.row_files import JsonRows, RowSource, open_shard_rows
 from focus_jax.data.samples import sample_panels, varied
 from focus_jax.data.sheet import draw_sheet
 from focus_jax.data.survey import figures, survey
@@ -57,9 +56,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `data check`."""
     add = parser.add_argument
     add("dataset", nargs="?", type=Path, metavar="DATASET_DIR", help="what `data build` wrote")
-    add("--json", nargs="+", type=Path, default=[], metavar="FILE", help="rows that are not built")
-    add("--images", nargs="+", default=[], metavar="STORE", help="their images: folder, zip, tar")
-    add("--webdataset", type=Path, metavar="DIR", help="shards with KEY.json beside KEY.jpg")
+    add_input_flags(parser)
     add("--decode", action="store_true", help="all of each image, not its header only")
     add("--tokenizer", type=Path, metavar="DIR", help="without one, tokens are not counted")
     add("--template", choices=tuple(_TEMPLATES), default="vicuna_v1",
@@ -115,25 +112,20 @@ def open_source(
     flags: argparse.Namespace, look: Look
 ) -> tuple[DialogueSource, list[dict[str, Any]]]:
     """What is looked at, and its bad rows. ValueError: not exactly one of the two was given."""
-    unbuilt = bool(flags.json or flags.webdataset)
+    unbuilt = names_rows(flags)
     if (flags.dataset is not None) == unbuilt:
         raise ValueError(
             "give a DATASET_DIR that `data build` wrote, or rows that are not built (--json FILE, "
-            "--webdataset DIR): one of the two"
+            "--parquet FILE, --webdataset DIR): one of the two"
         )
     if flags.dataset is not None:
         built = open_built(flags.dataset)
         text = (flags.dataset / BAD_ROWS).read_text(encoding="utf-8")
         return built, [json.loads(line) for line in text.splitlines()]
-    rows: list[RowSource] = [JsonRows(path) for path in flags.json]
-    stores = list(open_stores(flags.images).stores)
-    if flags.webdataset:
-        rows.append(open_shard_rows(flags.webdataset))
-        stores.insert(0, Shards(sorted(flags.webdataset.glob("*.tar"))))
-    images = Several(stores) if stores else None
+    rows, images = open_inputs(flags)
     total = sum(map(len, rows))
     if not total:
-        raise ValueError(f"there are no rows in {', '.join(map(str, flags.json))}")
+        raise ValueError("there are no rows: the sources are empty")
     chosen = drawn(total, look.rows, look.seed)
     found = Unbuilt(rows, images, BuildConfig().max_pixels, flags.decode, chosen, Meter("rows"))
     return found, [json.loads(row.to_json()) for row in found.bad]

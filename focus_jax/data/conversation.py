@@ -210,7 +210,7 @@ def encode_prompt(
     """
     markers = [match.start() for match in re.finditer(IMAGE, text)]
     (ids, offsets), image_at = _around_images(tokenizer, text, markers, start)
-    asks = _touches(offsets, _all_words(text, instruction_spans))
+    asks = _touches(offsets, _all_words(text, instruction_spans, markers))
     return Prompt(ids.astype(np.int32), asks, image_at)
 
 
@@ -230,6 +230,18 @@ class EncodedDialogue(NamedTuple):
     spans: Int32[np.ndarray, "T 2"]
 
 
+def render_dialogue(template: Template, turns: Sequence[Turn], images: int) -> Rendered:
+    """Write turns as one text in which the users' markers stay where they are.
+
+    Without images there are none: "<image>" is text like any other, as LLaVA reads such rows.
+    """
+    if images:
+        return render(template, turns, image=False)
+    if template.caption_only:
+        turns = [("", answer) for _, answer in turns]
+    return render(template, turns, image=False)._replace(markers=())
+
+
 def encode_dialogue(
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
@@ -242,7 +254,8 @@ def encode_dialogue(
     The ids are those of `encode_prompt`, answers included: what the tokenizer puts before a
     conversation (BOS, if anything), then the text around the images. Every token that shares a
     character with an answer is learnt, and so is the gap before it, which a model writes itself:
-    most tokenizers join it to the first word. "<image>" in an answer is text.
+    most tokenizers join it to the first word. "<image>" in an answer is text, and so it is in a
+    dialogue without images.
 
     At most `max_length` ids are kept, the first ones. Images behind the cut go with their text:
     the first `len(image_at)` remain, each followed by at least one id. A cut may leave no labels.
@@ -251,7 +264,7 @@ def encode_dialogue(
     """
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length={max_length}: give at least 1, or None to keep all")
-    rendered = render(template, turns, image=False)
+    rendered = render_dialogue(template, turns, images)
     if len(rendered.markers) != images:
         raise ValueError(
             f"dialogue has {images} images and {len(rendered.markers)} markers {IMAGE} in its "
@@ -267,7 +280,9 @@ def encode_dialogue(
     return EncodedDialogue(
         ids=ids.astype(np.int32),
         label_mask=_touches(offsets, learnt),
-        query_mask=_touches(offsets, _all_words(text, rendered.instruction_spans)),
+        query_mask=_touches(
+            offsets, _all_words(text, rendered.instruction_spans, rendered.markers)
+        ),
         image_at=image_at,
         cut=cut,
         spans=offsets.astype(np.int32),
@@ -342,14 +357,15 @@ def _with_white_space(offsets: np.ndarray, added: np.ndarray, length: int) -> np
     return np.stack([start, np.where(empty, np.append(offsets[1:, 0], length), end)], axis=1)
 
 
-def _all_words(text: str, spans: Sequence[Span]) -> list[Span]:
-    return [word for span in spans for word in _words(text, span)]
-
-
-def _words(text: str, span: Span) -> list[Span]:
-    """The words of a span; image markers are none."""
-    found = re.finditer(r"\S+", text[slice(*span)].replace(IMAGE, " " * len(IMAGE)))
-    return [(span[0] + match.start(), span[0] + match.end()) for match in found]
+def _all_words(text: str, spans: Sequence[Span], markers: Sequence[int]) -> list[Span]:
+    """The words of spans; the image markers that begin at `markers` are none."""
+    for at in markers:
+        text = text[:at] + " " * len(IMAGE) + text[at + len(IMAGE) :]
+    return [
+        (first + match.start(), first + match.end())
+        for first, end in spans
+        for match in re.finditer(r"\S+", text[first:end])
+    ]
 
 
 def place_images(text: str, images: int) -> str:

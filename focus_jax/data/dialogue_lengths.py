@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
+from focus_jax.cli.arguments import Meter
 from focus_jax.data.conversation import Template, encode_dialogue
 from focus_jax.data.dialogue import DialogueSource, Exchange
 
@@ -76,17 +77,27 @@ def _count(
     source: DialogueSource, tokenizer: PreTrainedTokenizerBase, template: Template, workers: int
 ) -> Int32[np.ndarray, " N"]:
     count = partial(_count_chunk, tokenizer, template)
+    parts: list[list[int]] = []
+    tell = Meter("tokens of dialogues") if len(source) >= _FEW else None
+
+    def take(part: list[int]) -> None:
+        parts.append(part)
+        if tell is not None:
+            tell(min(len(parts) * _CHUNK, len(source)), len(source))
+
     if workers == 1 or len(source) < _FEW:
-        parts = list(map(count, _chunks(source)))
+        for chunk in _chunks(source):
+            take(count(chunk))
     else:
         # Not forked: the accelerator's runtime and the reader's threads would be copied.
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            parts, waiting = [], deque[Future]()
+            waiting = deque[Future]()
             for chunk in _chunks(source):
                 waiting.append(pool.submit(count, chunk))
                 if len(waiting) > _AHEAD * workers:
-                    parts.append(waiting.popleft().result())
-            parts += [future.result() for future in waiting]
+                    take(waiting.popleft().result())
+            for future in waiting:
+                take(future.result())
     return np.concatenate([np.array(part, np.int32) for part in parts])
 
 

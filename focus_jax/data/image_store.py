@@ -129,7 +129,10 @@ class ZipStore:
         files = self._archive.NameToInfo
         info = files.get(inner) or files.get(f"./{inner}")
         if info is None or info.is_dir():
-            raise MissingImage(f"{shown(name)} is not in {self.path}")
+            first = next((path for path in files if not path.endswith("/")), "")
+            raise MissingImage(
+                f"{shown(name)} is not in {self.path}, whose names are like {shown(first)}"
+            )
         _check_length(name, info.file_size, self.path)
         try:
             return self._archive.read(info)

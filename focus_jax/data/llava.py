@@ -64,9 +64,10 @@ def parse_row(row: Row) -> Dialogue | BadRow:
     """A row of LLaVA's JSON as turns of user and model.
 
     As LLaVA's own reader does: an only "<image>" of a turn moves to its front, a model's turn
-    before the first user's is dropped. Several markers in a turn stay where they are; a row with
-    one image and no marker gets one in front. A last question without answer is dropped. A row
-    without id has its place for one. In a shard the images beside a row are its images.
+    before the first user's is dropped. Several markers in a turn stay where they are, but for a
+    row's only image they are one; a row with one image and no marker gets one in front; in a row
+    without images a marker is text. A last question without answer is dropped. A row without id has
+    its place for one. Images that a shard or a parquet file holds beside a row are its images.
     """
     name = row.key
     try:
@@ -150,10 +151,14 @@ def _turn(number: int, turn: Any) -> tuple[str, str]:
 
 def _with_markers(turns: tuple[Exchange, ...], images: tuple[str, ...]) -> tuple[Exchange, ...]:
     """The turns with a marker for every image."""
+    if not images:
+        return turns
+    holders = [number for number, (user, _) in enumerate(turns) if MARKER in user]
+    if len(images) == 1 and len(holders) < 2:
+        at = holders[0] if holders else 0
+        user, answer = turns[at]
+        return (*turns[:at], (_in_front(user), answer), *turns[at + 1 :])
     count = sum(user.count(MARKER) for user, _ in turns)
-    if not count and len(images) == 1:
-        (user, answer), *rest = turns
-        turns, count = ((f"{MARKER}{user}", answer), *rest), 1
     if count != len(images):
         in_answers = sum(answer.count(MARKER) for _, answer in turns)
         hint = f" ({in_answers} more in answers, where none may be)" if in_answers else ""
@@ -162,8 +167,10 @@ def _with_markers(turns: tuple[Exchange, ...], images: tuple[str, ...]) -> tuple
 
 
 def _marker_first(text: str) -> str:
-    if text.count(MARKER) != 1:
-        return text
+    return _in_front(text) if text.count(MARKER) == 1 else text
+
+
+def _in_front(text: str) -> str:
     return f"{MARKER}\n{text.replace(MARKER, '').strip()}".strip()
 
 

@@ -28,14 +28,15 @@ _PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
 class Place(NamedTuple):
-    """A row's file, its line and its number in the file, both from 1."""
+    """A row's file, its line and its number in the file, from 1; line 0: it has no lines."""
 
     file: str
     line: int
     row: int
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line} (row {self.row})"
+        line = f":{self.line}" if self.line else ""
+        return f"{self.file}{line} (row {self.row})"
 
 
 class Row(NamedTuple):

@@ -14,7 +14,7 @@ from focus_jax.data.conversation import (
     Rendered,
     Template,
     encode_dialogue,
-    render,
+    render_dialogue,
 )
 from focus_jax.data.dialogue import DialogueSource, Exchange
 from focus_jax.data.image_store import MissingImage
@@ -88,7 +88,7 @@ def coloured(
     max_length: int,
 ) -> tuple[tuple[Piece, ...], str]:
     """A dialogue in pieces, and its counts in words. Without a tokenizer the pieces are spans."""
-    rendered = render(template, turns, image=False)
+    rendered = render_dialogue(template, turns, images)
     if tokenizer is None:
         return spans_of(rendered), f"{len(rendered.text)} characters"
     try:

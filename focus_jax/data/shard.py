@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,8 @@ SPLITS = {"train": "group_size:1,uncompressed", "texts": "group_size:1"}
 WORK = ".building"
 # Of all images of a row; several copies are held while it is written.
 _MAX_RECORD = 1 << 28
+# What PIL tells of a file in memory: another in every process; equal builds list equal reasons.
+_ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")
 # Photos' formats. PIL knows others, some of which call programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
 
@@ -195,8 +198,8 @@ def checked_size(encoded: bytes, name: str, max_pixels: int, decode: bool) -> tu
                 to_rgb(encoded, exif=False, transparency="drop")
         except Exception as error:
             # Decoders fail on foreign bytes with all kinds of errors; each is one bad image.
-            what = f"{shown(name)}: {type(error).__name__ if not str(error) else error}"
-            raise CorruptImage(what) from error
+            reason = _ADDRESS.sub("", str(error)) or type(error).__name__
+            raise CorruptImage(f"{shown(name)} of {len(encoded)} bytes: {reason}") from error
     return width, height
 
 

@@ -7,6 +7,7 @@ import csv
 import json
 import re
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,15 +23,19 @@ class Entry(Row):
     """An object of a file. ValueError names the file and what is there when it lacks a key."""
 
     __slots__ = ("where",)
-
-    def __init__(self, found: Mapping[str, Any], where: str):
-        super().__init__(found)
-        self.where = where
+    where: str
 
     def __missing__(self, name: str) -> Any:
         some = [str(key) for key, _ in zip(self, range(12), strict=False)]
         there = ", ".join(some + ["..."] * (len(self) > len(some))) or "nothing"
         raise ValueError(f'{self.where} has no "{name}"; it has {there}')
+
+
+def named(found: Mapping[str, Any], where: str) -> Entry:
+    """An object with the place that errors name."""
+    entry = Entry(found)
+    entry.where = where
+    return entry
 
 
 PICTURES = (".jpg", ".png", ".jpeg", ".webp", ".JPG", ".PNG", ".JPEG")
@@ -99,7 +104,7 @@ def not_found(
 def read_json(path: Path) -> Any:
     """A JSON file; its objects are entries. ValueError names file and line."""
     try:
-        return json.loads(read_text(path), object_hook=lambda found: Entry(found, str(path)))
+        return json.loads(read_text(path), object_hook=lambda found: named(found, str(path)))
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path} is no JSON (line {error.lineno}: {error.msg}): fetch it again"
@@ -150,7 +155,7 @@ def read_jsonl(path: Path) -> list[Entry]:
             raise ValueError(f"{where} is no JSON: {error.msg}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where} holds {type(row).__name__}, not an object")
-        rows.append(Entry(row, where))
+        rows.append(named(row, where))
     return rows
 
 
@@ -191,7 +196,7 @@ def read_table(path: Path) -> list[Entry]:
                         f"{path} line {reader.line_num} has another number of cells than the "
                         f"header ({len(reader.fieldnames or ())}): fetch it again"
                     )
-                rows.append(Entry(row, f"{path} line {reader.line_num}"))
+                rows.append(named(row, f"{path} line {reader.line_num}"))
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
     return rows
@@ -265,7 +270,9 @@ def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
 
 def parquet_image(path: Path, group: int, row: int, column: str) -> bytes:
     """The bytes of an image in row `row` of a row group. ValueError: no image is there."""
-    value = image_column(path, group, column)[row].as_py()
+    with READING:
+        found = image_column(path, group, column)
+    value = found[row].as_py()
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     encoded = value.get("bytes") if isinstance(value, dict) else value
@@ -275,7 +282,10 @@ def parquet_image(path: Path, group: int, row: int, column: str) -> bytes:
 
 
 # Neighbouring samples share a row group (usually 100 rows): reading one again for each would
-# read the file a hundred times.
+# read the file a hundred times. Threads that want the same one wait for the first of them.
+READING = threading.Lock()
+
+
 @lru_cache(maxsize=4)
 def image_column(path: Path, group: int, column: str) -> pyarrow.ChunkedArray:
     """One column of a row group; the last few are kept."""

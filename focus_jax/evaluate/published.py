@@ -8,22 +8,53 @@ from dataclasses import dataclass
 
 # LLaVA's model zoo (docs/MODEL_ZOO.md of the LLaVA repository), with one exception in `NOTES`.
 PUBLISHED: dict[str, dict[str, float]] = {
-    "vqav2": {"llava-1.5-7b": 78.5, "llava-1.5-13b": 80.0, "llava-next-7b": 81.8},
-    "gqa": {"llava-1.5-7b": 62.0, "llava-1.5-13b": 63.3, "llava-next-7b": 64.2},
-    "vizwiz": {"llava-1.5-7b": 50.0, "llava-1.5-13b": 53.6, "llava-next-7b": 57.6},
-    "scienceqa": {"llava-1.5-7b": 66.8, "llava-1.5-13b": 71.6, "llava-next-7b": 70.1},
-    "textvqa": {"llava-1.5-7b": 46.1, "llava-next-7b": 64.9},
+    "vqav2": {
+        "llava-1.5-7b": 78.5, "llava-1.5-13b": 80.0,
+        "llava-next-7b": 81.8, "llava-next-13b": 82.8,
+    },
+    "gqa": {
+        "llava-1.5-7b": 62.0, "llava-1.5-13b": 63.3,
+        "llava-next-7b": 64.2, "llava-next-13b": 65.4,
+    },
+    "vizwiz": {
+        "llava-1.5-7b": 50.0, "llava-1.5-13b": 53.6,
+        "llava-next-7b": 57.6, "llava-next-13b": 60.5,
+    },
+    "scienceqa": {
+        "llava-1.5-7b": 66.8, "llava-1.5-13b": 71.6,
+        "llava-next-7b": 70.1, "llava-next-13b": 73.6,
+    },
+    "textvqa": {"llava-1.5-7b": 46.1, "llava-next-7b": 64.9, "llava-next-13b": 67.1},
     "textvqa_ocr": {"llava-1.5-7b": 58.2, "llava-1.5-13b": 61.3},
-    "pope": {"llava-1.5-7b": 85.9, "llava-1.5-13b": 85.9, "llava-next-7b": 86.5},
-    "mme": {"llava-1.5-7b": 1510.7, "llava-1.5-13b": 1531.3, "llava-next-7b": 1519.0},
-    "mmbench": {"llava-1.5-7b": 64.3, "llava-1.5-13b": 67.7, "llava-next-7b": 67.4},
-    "mmbench_cn": {"llava-1.5-7b": 58.3, "llava-1.5-13b": 63.6, "llava-next-7b": 60.6},
+    "pope": {
+        "llava-1.5-7b": 85.9, "llava-1.5-13b": 85.9,
+        "llava-next-7b": 86.5, "llava-next-13b": 86.2,
+    },
+    "mme": {
+        "llava-1.5-7b": 1510.7, "llava-1.5-13b": 1531.3,
+        "llava-next-7b": 1519.0, "llava-next-13b": 1575.0,
+    },
+    "mmbench": {
+        "llava-1.5-7b": 64.3, "llava-1.5-13b": 67.7,
+        "llava-next-7b": 67.4, "llava-next-13b": 70.0,
+    },
+    "mmbench_cn": {
+        "llava-1.5-7b": 58.3, "llava-1.5-13b": 63.6,
+        "llava-next-7b": 60.6, "llava-next-13b": 64.4,
+    },
     "seed": {
         "llava-1.5-7b (with video)": 58.6, "llava-1.5-13b (with video)": 61.6,
-        "llava-next-7b": 70.2,
+        "llava-next-7b": 70.2, "llava-next-13b": 71.9,
     },
-    "llava_w": {"llava-1.5-7b": 65.4, "llava-1.5-13b": 72.5, "llava-next-7b": 81.6},
-    "mmvet": {"llava-1.5-7b": 31.1, "llava-1.5-13b": 36.1, "llava-next-7b": 43.9},
+    "mmmu": {"llava-next-7b": 35.8, "llava-next-13b": 36.2},
+    "llava_w": {
+        "llava-1.5-7b": 65.4, "llava-1.5-13b": 72.5,
+        "llava-next-7b": 81.6, "llava-next-13b": 87.3,
+    },
+    "mmvet": {
+        "llava-1.5-7b": 31.1, "llava-1.5-13b": 36.1,
+        "llava-next-7b": 43.9, "llava-next-13b": 48.4,
+    },
 }  # fmt: skip
 
 # What must be known before a figure here is held against one of those.
@@ -34,10 +65,11 @@ NOTES: dict[str, str] = {
     "textvqa": "without OCR tokens in the prompt; LLaVA-1.5's 46.1 is second-hand",
     "textvqa_ocr": "with OCR tokens in the prompt",
     "pope": "F1 as the mean over adversarial, popular and random",
-    "mme": "perception alone (of 2000); cognition (of 800): llava-next-7b 332",
+    "mme": "perception alone (of 2000); cognition (of 800): llava-next-7b 332, 13b 326",
     "mmbench": "dev; every rotation of a question's options must be right",
     "mmbench_cn": "dev; every rotation of a question's options must be right",
     "seed": "images alone; LLaVA-1.5's are of images and video together, and cannot be compared",
+    "mmmu": "validation; whose prompts and how many images is not said",
     "llava_w": "rated by a language model",
     "mmvet": "rated by a language model",
 }
@@ -105,7 +137,10 @@ LLAVA_NEXT = Table(
     "LLaVA-NeXT",
     "LLaVA's model zoo; blog of January 2024",
     "llava-next-7b",
-    (Row("LLaVA-NeXT-Vicuna-7B", "llava-next-7b", "full", zoo("llava-next-7b")),),
+    (
+        Row("LLaVA-NeXT-Vicuna-7B", "llava-next-7b", "full", zoo("llava-next-7b")),
+        Row("LLaVA-NeXT-Vicuna-13B", "llava-next-13b", "full", zoo("llava-next-13b")),
+    ),
     ("any-resolution tiles; TextVQA without OCR tokens; SEED's images alone",),
 )
 FOCUS = "textvqa gqa scienceqa mmbench mmbench_cn"

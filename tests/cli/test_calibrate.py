@@ -44,6 +44,7 @@ def flags_of(root, *more):
     return ["--checkpoint", str(root / "model"), "--samples", samples, *more]
 
 
+@pytest.mark.slow
 def test_a_layer_for_a_hugging_face_checkpoint(checkpoint, tmp_path, capsys):
     flags = flags_of(checkpoint, "--batch", "2", "--out", str(tmp_path / "out"))
     code = main(["vtw", *flags, "--eta", "50", "--first", "1"])

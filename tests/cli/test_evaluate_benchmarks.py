@@ -14,6 +14,7 @@ import pytest
 
 from focus_jax.cli import evaluate_benchmarks
 from focus_jax.cli.evaluate import main
+from focus_jax.evaluate.lock import held
 from tests.evaluate.toy import TOY, write_toy
 from tests.hf_models import write_llava
 
@@ -83,6 +84,29 @@ def test_flags_that_do_not_fit(flags, more, said, capsys):
     assert main([*flags, *more]) == 1
     error = capsys.readouterr().err
     assert "error: " in error and said in error
+
+
+def test_what_is_wrong_is_found_before_the_checkpoint_is_read(
+    root, flags, tmp_path, monkeypatch, capsys
+):
+    def never(*_, **__):
+        raise AssertionError("the checkpoint was read")
+
+    def torn(folder, protocol):
+        raise ValueError("a file of the second benchmark is torn")
+
+    monkeypatch.setattr(evaluate_benchmarks, "load", never)
+    twins = {"toy": TOY, "other": replace(OTHER, folders=("Toy",), read=torn)}
+    monkeypatch.setattr(evaluate_benchmarks, "known", lambda: twins)
+    for more, said in (
+        (["--benchmark", "toy,other"], "a file of the second benchmark is torn"),
+        (["--benchmark", "toy", "--methods", "full,fastw"], "unknown method 'fastw'"),
+    ):
+        assert main([*flags, *more]) == 1
+        assert said in capsys.readouterr().err
+    with held(tmp_path / "out"):
+        assert main([*flags, "--benchmark", "toy"]) == 1
+    assert f"another evaluation writes to {tmp_path / 'out'} (process" in capsys.readouterr().err
 
 
 # A program of its own, for it is killed. Every batch takes a while, so that there is time to.

@@ -1,11 +1,13 @@
 """Baselines against loops over patches."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from focus_jax.compress import baselines
 from focus_jax.compress.baselines import Downsample, Full, Pool, Random, Uniform, area_weights
+from focus_jax.compress.method import block_key
 from tests.compress.views import RUN, dims, identity, random_views
 
 
@@ -53,6 +55,22 @@ def test_pool_to_a_size_that_does_not_divide():
     want = fine.reshape(2, 3, 8, 3, 8, -1).mean((2, 4)).reshape(2, 9, -1)
     np.testing.assert_allclose(tokens.features[:, 0], want, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(area_weights(8, 3).sum(1), 8 / 3, rtol=1e-6)
+
+
+def test_a_key_for_each_sample_draws_whatever_stands_beside_it():
+    d = dims(1)
+    views, keys = random_views(d), jax.random.split(jax.random.key(3), 2)
+
+    def draw(views, keys):
+        ctx = RUN._replace(key=keys)
+        ctx = ctx._replace(key=block_key(ctx, "vision"))
+        [tokens], _ = Random(0.3).apply(views, d, None, identity, ctx)
+        return tokens.centre
+
+    both = draw(views, keys)
+    turned = draw(jax.tree.map(lambda x: x[::-1], views), keys[::-1])
+    np.testing.assert_array_equal(turned, both[::-1])
+    assert (both[0] != both[1]).any()
 
 
 @pytest.mark.parametrize("stage", [Random(0.3), Uniform(0.3)])

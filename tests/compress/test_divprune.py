@@ -107,7 +107,12 @@ def test_sets_grow_and_do_not_depend_on_lengths_or_order(seed, count):
     assert set(want) < set(chosen(rows, count + 1))
     assert chosen(rows * rng.uniform(0.1, 10, (V, 1)), count) == want
     order = rng.permutation(V)
-    assert sorted(order[chosen(rows[order], count)].tolist()) == want
+    again = chosen(rows[order], count)
+    assert again == slow_set(rows[order], count)[0]
+    nearest = np.sort((1 - slow_cosines(rows) + 9 * np.eye(V)).min(1))
+    # The two that are farthest from all others may be each other's nearest: the first one starts.
+    if nearest[-1] > nearest[-2] + 1e-6:
+        assert sorted(order[again].tolist()) == want
 
 
 def test_vmap_and_gradient():

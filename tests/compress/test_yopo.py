@@ -220,8 +220,8 @@ SAMPLED = compose(Method("v", VisionGuided(budget=30)), yopo(window=3, layers=2,
     ("cfg", "method", "questions"),
     [
         (APART, of(window=5, heads=HEADS, ffn=2, mass="renormalise"), 1),
-        (STACK, of(window=5, heads=0.5, whole=0, layers=2), 2),
-        (GROUPED, SAMPLED, 2),
+        pytest.param(STACK, of(window=5, heads=0.5, whole=0, layers=2), 2, marks=pytest.mark.slow),
+        pytest.param(GROUPED, SAMPLED, 2, marks=pytest.mark.slow),
     ],
 )
 def test_the_plan_is_what_the_compiler_counts(cfg, method, questions):

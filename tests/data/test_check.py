@@ -262,4 +262,4 @@ def test_wrong_flags_are_told(places, tmp_path, capsys):
     assert capsys.readouterr().err.count("one of the two") == 2
     (tmp_path / "none.json").write_text("[]")
     assert main(["check", "--json", str(tmp_path / "none.json"), "--out", str(tmp_path)]) == 1
-    assert "no rows in" in capsys.readouterr().err
+    assert "there are no rows" in capsys.readouterr().err

@@ -319,6 +319,18 @@ def test_a_dialogue_of_one_image_equals_prefix_and_text(made, template):
     assert out.image_at == (len(parts.prefix),)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "marker"])
+def test_without_images_a_marker_is_text(made, kind):
+    """As LLaVA reads rows of text alone; a caption's template drops it with the user's words."""
+    turns = [("in <image> tags ?", "red <image>"), ("<image>", "two")]
+    out = encode_dialogue(made[kind], BRIEF, turns, 0)
+    assert out.image_at == ()
+    assert spelt(made[kind], out, out.label_mask) == " red <image></s> two</s>"
+    assert spelt(made[kind], out, out.query_mask) == "in<image>tags?<image>"
+    caption = encode_dialogue(made[kind], PLAIN, turns, 0)
+    assert spelt(made[kind], caption) == "<s>red <image>\ntwo\n"
+
+
 def test_bad_dialogues_are_refused(made):
     with pytest.raises(ValueError, match="no turns"):
         encode_dialogue(made["bytes"], BRIEF, [], 0)
@@ -425,7 +437,7 @@ def check_random(made, count, seed):
 
 
 def test_learnt_tokens_of_random_dialogues_spell_the_answers(made):
-    check_random(made, 100, seed=0)
+    check_random(made, 60, seed=0)
 
 
 @pytest.mark.slow

@@ -161,7 +161,8 @@ def wrong_turns(draw, name):
             ("markers", talk("<image>", "b")),
         ]
     )
-    return Case(json.dumps({"id": name, "conversations": value}).encode(), kind)
+    fields = {"image": ["f/0.jpg", "f/1.jpg"]} if kind == "markers" else {}
+    return Case(json.dumps({"id": name, "conversations": value, **fields}).encode(), kind)
 
 
 def wrong_image(draw, name):

@@ -193,9 +193,12 @@ def test_clutter_fills_its_share_of_the_cells_and_leaves_the_questions():
 @pytest.mark.parametrize(
     "config",
     [
-        GlyphsConfig(max_hops=3, letters=True, questions=12, dense=0.3),
+        pytest.param(
+            GlyphsConfig(max_hops=3, letters=True, questions=12, dense=0.3),
+            marks=pytest.mark.slow,
+        ),
         GlyphsConfig(),
-        GlyphsConfig(digits=2),
+        pytest.param(GlyphsConfig(digits=2), marks=pytest.mark.slow),
     ],
     ids=["everything", "default", "two digits"],
 )

@@ -42,6 +42,11 @@ def test_markers():
     assert turns(both, "c", image=["1.jpg", "2.jpg"]) == ((both, "c"),)
     later = turns("<image>a", "b", "c <image>", "d", image=["1.jpg", "2.jpg"])
     assert later == (("<image>\na", "b"), ("<image>\nc", "d"))
+    # LLaVA makes one of them where there is one image.
+    assert turns(both, "c", "d", "e", image="1.jpg") == (("<image>\nfirst  then", "c"), ("d", "e"))
+    # Text alone is text: nothing is moved or dropped.
+    for said in ("the tag <image>", "<image>", "<image> and <image> "):
+        assert turns("a", "b", said, "c") == (("a", "b"), (said, "c"))
     # An answer's text is text.
     assert turns("<image>", "the tag <image>", image="1.jpg")[0][1] == "the tag <image>"
 
@@ -103,7 +108,8 @@ BAD = [
     ({"id": "a", "image": 3, "conversations": GOOD}, "shape", "`image` holds a number"),
     ({"id": "a", "image": ["a", {}], "conversations": GOOD}, "shape", "holds an object"),
     ({"id": "a", "image": ["a", "b"], "conversations": GOOD}, "markers", "2 images for 0 times"),
-    ({"id": "a", "conversations": talk("<image>", "b")}, "markers", "0 images for 1 times"),
+    ({"id": "a", "image": "1", "conversations": talk("<image>", "b", "<image>", "c")}, "markers",
+     "1 images for 2 times"),
     (
         {"id": "a", "image": ["1", "2"], "conversations": talk("<image>", "<image>")},
         "markers",

@@ -139,6 +139,10 @@ MME = [
       ("Does this artwork exist in the form of glassware? ", "No")]),
     ("code_reasoning", "0020.png",
      [("Is a python code shown in the picture?", "Yes"), ("Is a c++ code shown?", "No")]),
+    *((category, "0001.png", [("Is it right?", "Yes"), ("Is it wrong?", "No")])
+      for category in ("count", "position", "color", "posters", "celebrity", "scene", "landmark",
+                       "OCR", "commonsense_reasoning", "numerical_calculation",
+                       "text_translation")),
 ]  # fmt: skip
 DEMAND = " Please answer yes or no."
 

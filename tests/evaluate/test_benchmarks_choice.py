@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from focus_jax.evaluate import answers as on_disk
 from focus_jax.evaluate.benchmark import PROTOCOLS, Rating
 from focus_jax.evaluate.benchmarks import BENCHMARKS
 from focus_jax.evaluate.benchmarks.server import write_submission
@@ -19,6 +20,7 @@ from tests.evaluate.miniatures_open import encoded, put_lines, put_parquet
 NAMES = list(dict.fromkeys(key.split("/")[0] for key in MINIATURES))
 # Rows of lmms-eval's that have no ids.
 NUMBERED = {"scienceqa", "ai2d"}
+MMB_COLUMNS = "index\tquestion\timage\thint\tcategory\n"
 MME_TEXT = "MME_Benchmark_release_version/existence/000000006040.txt"
 
 
@@ -78,8 +80,9 @@ def test_prompts_to_the_letter(samples):
     assert first("pope") == "Is there a dog in the image?" + SHORT
     assert first("mme") == "Is there a person in this image?" + SHORT
     artwork = "Does this artwork exist in the form of painting?"
-    assert samples["mme/author", "llava"][4].prompt == artwork + SHORT
-    assert samples["mme/author", "lmms-eval"][4].prompt == f"{artwork} {SHORT}"
+    for protocol, space in (("llava", ""), ("lmms-eval", " ")):
+        of = [s for s in samples["mme/author", protocol] if s.gold["category"] == "artwork"]
+        assert of[0].prompt == artwork + space + SHORT
     options = "A. ball\nB. box"
     assert first("mmbench") == f"Look closely.\nWhich one is round?\n{options}{MCQ}"
     assert first("mmbench", "lmms-eval") == (
@@ -169,7 +172,7 @@ def test_pope_without_an_answer_is_wrong_in_every_figure(samples, protocol):
 
 
 def test_mme_figures(samples):
-    asked = samples["mme/parquet", "llava"]  # yes, no for each of four images
+    asked = samples["mme/parquet", "llava"][:8]  # yes, no for each of four images
     figures = scored(BENCHMARKS["mme"], asked, ["Yes", "No", "No", "No", "Y", "no", "yes", "yes"])
     assert figures == {
         "perception": 325, "cognition": 50, "existence": 125, "artwork": 200,
@@ -271,6 +274,16 @@ def test_means_of_letters(samples):
     ) == (1.0, "A")
 
 
+def test_what_json_has_no_number_for_is_null(samples):
+    """An open answer may be read as a number that is none, and a server's score is not known."""
+    asked = samples["mmmu/author", "llava"][2]
+    rating = BENCHMARKS["mmmu"].rate(asked, "nan", "llava")
+    assert math.isnan(rating.parsed[0]) and rating.score == 0
+    row = {"text": "nan", "metadata": {"score": math.inf, "parsed": rating.parsed, "of": (1, 2.5)}}
+    strict = json.loads(on_disk.line(row), parse_constant=pytest.fail)
+    assert strict == {"text": "nan", "metadata": {"score": None, "parsed": [None], "of": [1, 2.5]}}
+
+
 def test_mmmu_figures(samples):
     asked = samples["mmmu/author", "llava"]
     mmmu = BENCHMARKS["mmmu"]
@@ -278,6 +291,9 @@ def test_mmmu_figures(samples):
     assert figures == {
         "accuracy": 75, "Art and Design": 50, "Art_Theory": 50, "Science": 100, "Math": 100,
     }  # fmt: skip
+    # lmms-eval's own aggregation finds no open answer right: the authors' rule stands in for it.
+    lmms_eval = samples["mmmu/author", "lmms-eval"]
+    assert scored(mmmu, lmms_eval, ["C", "A", "24.32", "MgS"], "lmms-eval")["Math"] == 100
     # A random option, but the same whenever it is drawn.
     drawn = [mmmu.rate(asked[0], "no idea", "llava") for _ in range(5)]
     assert len(set(drawn)) == 1 and drawn[0].parsed in "ABC"
@@ -340,8 +356,12 @@ def test_pope_labels_must_be_those_of_the_questions(tmp_path):
         ("scienceqa", "problems.json", "{}", 'problems.json has no "5"; it has nothing'),
         ("mme", MME_TEXT, "Is it?", "no question"),
         ("mme", MME_TEXT, "Is it?\tPerhaps", "'perhaps'"),
-        ("mmbench", "mmbench_dev_20230712.tsv", "index\tquestion\timage\thint\tcategory\n1\tWhat?\t??\t\t\n",
-         "no image in base64"),
+        ("mmbench", "mmbench_dev_20230712.tsv", MMB_COLUMNS + "1\tWhat?\t??\t\t\n",
+         "line 2 has no image in base64"),
+        ("mmbench", "mmbench_dev_20230712.tsv", "index\timage\n1\t\n", 'line 2 has no "question"'),
+        ("mmvet", "mm-vet.json", '{"v1_0": {"question": "?"}}', 'v1_0 has no "imagename"'),
+        ("llava_w", "questions.jsonl", '{"question_id": 1}\r\n', 'line 1 has no "image"'),
+        ("ai2d", "questions/0.png.json", "[]", "holds list, not an object"),
         ("seed", "SEED-Bench.json", '{"questions": 3}', "list of objects"),
         ("ai2d", "ai2d_test_ids.csv", "0\n5\n", "names image 5"),
         ("pope", "coco_pope_popular.json", '{"question_id": 1}\n', 'line 1 has no "image"'),
@@ -362,6 +382,26 @@ def test_mme_questions_of_llava_must_be_the_authors(tmp_path):
     ])  # fmt: skip
     with pytest.raises(ValueError, match="asks 'Is it blue"):
         BENCHMARKS["mme"].read(tmp_path, "llava")
+
+
+def test_mme_is_of_all_categories(tmp_path):
+    made.mme_author(tmp_path)
+    place = tmp_path / "MME_Benchmark_release_version" / "scene"
+    place.rename(place.with_name("scenes"))
+    with pytest.raises(FileNotFoundError, match="lacks scene: its figures are sums over all"):
+        BENCHMARKS["mme"].read(tmp_path, "llava")
+
+
+def test_mme_asks_what_llavas_file_has(tmp_path):
+    """White space of its own, while lmms-eval's prompt is of the authors' text."""
+    made.mme_llava(tmp_path)
+    place = {"question_id": "artwork/10002.jpg", "category": "artwork"}
+    text = "Does this artwork exist  in the form of painting?" + SHORT
+    put_lines(tmp_path / "llava_mme.jsonl", [place | {"text": text}])
+    [asked] = BENCHMARKS["mme"].read(tmp_path, "llava")
+    assert asked.prompt == text and asked.gold["answer"] == "yes"
+    [asked] = BENCHMARKS["mme"].read(tmp_path, "lmms-eval")
+    assert asked.prompt == "Does this artwork exist in the form of painting? " + SHORT
 
 
 def test_mmmu_options_that_are_no_list(tmp_path):

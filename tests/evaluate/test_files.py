@@ -1,6 +1,8 @@
 """Readers of benchmarks' files: rows as they stand, errors that name file and line."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,7 +57,7 @@ def test_objects_by_their_ids_name_themselves(tmp_path):
         files.read_object(write(path, "[]"))
     with pytest.raises(ValueError, match="objects by their ids"):
         files.read_keyed(write(path, '{"x": 1}'))
-    many = files.Entry({str(n): n for n in range(30)}, "here")
+    many = files.named({str(n): n for n in range(30)}, "here")
     with pytest.raises(ValueError, match=r"10, 11, \.\.\.$"):
         many["z"]
 
@@ -101,6 +103,23 @@ def test_images_are_read_when_asked_for_and_by_row_group(tmp_path, monkeypatch):
     files.image_column.cache_clear()
     assert [row["image"]() for row in rows] == [encoded(number) for number in range(10)]
     assert len(read) == 6  # groups of two rows: 2 x 3, not ten times
+
+
+def test_threads_read_a_row_group_once(tmp_path, monkeypatch):
+    path = tmp_path / "test-00000-of-00001.parquet"
+    put_parquet(path, [{"id": number} for number in range(4)], range(4))
+    rows, read, whole = list(files.read_parquet([path], ("id",))), [], files.open_parquet
+
+    def slow(path):
+        read.append(path)
+        time.sleep(0.05)
+        return whole(path)
+
+    monkeypatch.setattr(files, "open_parquet", slow)
+    with ThreadPoolExecutor(4) as pool:
+        images = list(pool.map(lambda row: row["image"](), rows))
+    assert images == [encoded(number) for number in range(4)]
+    assert len(read) == 2  # two rows a group
 
 
 def test_a_shard_that_is_broken_lacking_or_missing_is_named(tmp_path):

@@ -79,6 +79,18 @@ def both_right(samples, ratings, protocol):
     return {"accuracy": 100 * float(np.mean([min(scores) for scores in images.values()]))}
 
 
+def test_no_figure_leaves_its_scale():
+    """Three of four groups right: the normal interval reaches beyond all four."""
+    scores, samples = [1.0, 1.0, 1.0, 0.0], samples_of("abcd")
+    grouped = benchmark(both_right, is_mean=False)
+    assert headline(grouped, samples, rated(scores), "llava").high == 100
+    wide = headline(
+        benchmark(both_right, is_mean=False, scale=1000), samples, rated(scores), "llava"
+    )
+    assert 100 < wide.high < 1000
+    assert headline(grouped, samples, rated([0.0, 0.0, 0.0, 1.0]), "llava").low == 0
+
+
 def test_a_figure_of_groups_has_the_spread_of_repeated_experiments():
     """The interval's width against figures of fresh samples; coverage of the truth, 0.6^2 + ..."""
     grouped, images = benchmark(both_right, is_mean=False), 150

@@ -112,6 +112,7 @@ def asked(context, settings, doc_id, to_visual=visuals):
     return SimpleNamespace(args=(context, settings, to_visual, doc_id, TASK, SPLIT))
 
 
+@pytest.mark.slow
 def test_answers_are_the_pipelines_in_the_order_of_the_requests(model, documents):
     greedy = {"max_new_tokens": 8, "temperature": 0, "do_sample": False, "until": ["\n\n"]}
     other = greedy | {"max_new_tokens": 4, "num_beams": 1, "top_p": None}
@@ -185,6 +186,7 @@ def test_a_choice_without_a_document_has_no_image(model):
     assert 0 < bare != pytest.approx(shown, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_token_that_greedy_decoding_chooses_is_greedy_and_costs_least(model, documents):
     pipeline, score = model.pipeline, importlib.import_module(MODULE).answer_scores
     images = [documents[0]["images"]]

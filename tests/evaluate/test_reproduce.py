@@ -31,6 +31,7 @@ def command(checkpoint, data, out, *flags) -> int:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_table_is_run_and_gone_on_with(answering, data, tmp_path, capsys):
     assert command(answering, data, tmp_path) == 0
     page = capsys.readouterr().out

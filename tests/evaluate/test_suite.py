@@ -8,7 +8,7 @@ import pytest
 
 from focus_jax.evaluate import suite
 from focus_jax.evaluate.answers import answers_file, append, resume, settings_file
-from focus_jax.evaluate.batching import Shape, plan_batches
+from focus_jax.evaluate.batching import Batch, Shape, ahead, plan_batches
 from focus_jax.evaluate.benchmark import Rating
 from focus_jax.evaluate.results import BenchmarkResult, compare, page, published
 from focus_jax.evaluate.suite import find_folder, run_benchmark
@@ -145,6 +145,8 @@ def test_answers_of_other_settings_are_refused(pipeline, samples, done, tmp_path
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"other settings: sampling\.max_new_tokens was 6, is 7"):
         run(pipeline, samples, path, benchmark=replace(TOY, max_new_tokens=7))
+    with pytest.raises(ValueError, match=r"weights was '[0-9a-f]{16}', is 'new'"):
+        run(replace(pipeline, weights="new"), samples, path)
     with pytest.raises(ValueError, match="protocol was 'llava', is 'lmms-eval'"):
         run(pipeline, samples, path, protocol="lmms-eval")
     other = [samples[0]._replace(prompt="What?"), *samples[1:]]
@@ -195,6 +197,19 @@ def test_batches_keep_a_samples_own_shape_and_order():
     ]  # fmt: skip
 
 
+def test_rows_that_fill_a_batch_up_are_loaded_once():
+    loaded: list[int] = []
+    batches = [Batch(Shape(1, 1, 16), members) for members in ((3, 4), (5,), (6,))]
+    found = ahead(
+        batches,
+        lambda batch: [*batch.members, *batch.members][:2],
+        lambda row: [loaded.append(row), row],
+        depth=1,
+    )
+    assert [[row for _, row in images] for _, images in found] == [[3, 4], [5, 5], [6, 6]]
+    assert sorted(loaded) == [3, 4, 5, 6]
+
+
 def test_names_of_files_and_of_models(tmp_path, done):
     one, other = ({"name": "random", "vision": {"keep": keep}} for keep in (0.25, 0.5))
     names = {answers_file(tmp_path, "pope", "llava", method).name for method in (one, other)}
@@ -220,6 +235,17 @@ def test_any_words_survive_on_disk(samples, tmp_path):
     assert list(resume(path, settings, samples).values()) == rows
     with pytest.raises(ValueError, match=r"one was \[1, 2\], is \[1\]"):
         resume(path, {"one": [1]}, samples)
+
+
+@pytest.mark.slow
+def test_a_random_methods_answers_do_not_depend_on_the_batch(pipeline, samples, tmp_path):
+    random = pipeline.with_method(pipeline.method("random:keep=0.25"))
+    texts = []
+    for batch in (1, 3):
+        path = tmp_path / f"{batch}.jsonl"
+        run_benchmark(random, TOY, samples[:4], batch=batch, answers=path)
+        texts.append([row["text"] for row in rows_of(path)])
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.slow

@@ -136,7 +136,10 @@ DECODING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize(
+    "name",
+    ["official", *(pytest.param(n, marks=pytest.mark.slow) for n in list(DECODING)[1:])],
+)
 def test_what_follows_a_prompt_equals_the_whole_run(name):
     """A prompt of unlike lengths, its last row, and five rows behind it, in two steps."""
     m, settings = DECODING[name]

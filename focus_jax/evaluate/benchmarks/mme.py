@@ -57,8 +57,15 @@ def read(folder: Path, protocol: Protocol) -> list[Sample]:
 
 
 def questions(root: Path) -> Iterator[Question]:
-    """The authors' questions: one text for each image, a line for each question."""
-    for category in (name for name in CATEGORIES if (root / name).is_dir()):
+    """The authors' questions: one text for each image, a line for each question.
+
+    FileNotFoundError: a category is not there.
+    """
+    if missing := [name for name in CATEGORIES if not (root / name).is_dir()]:
+        raise FileNotFoundError(
+            f"MME: {root} lacks {', '.join(missing)}: its figures are sums over all categories"
+        )
+    for category in CATEGORIES:
         apart = (root / category / "questions_answers_YN").is_dir()
         texts = root / category / ("questions_answers_YN" if apart else ".")
         images = root / category / ("images" if apart else ".")

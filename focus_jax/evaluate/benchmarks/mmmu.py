@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from focus_jax.data.conversation import IMAGE
 from focus_jax.evaluate import files
 from focus_jax.evaluate.benchmark import (
     Benchmark,
@@ -81,7 +80,7 @@ def sample(row: Mapping[str, Any], protocol: Protocol) -> Sample:
     images: tuple[Picture, ...] = (row["image_1"],)
     if protocol == "lmms-eval":
         images = tuple(row[f"image_{number}"] for number in marked(prompt, name))
-        prompt = " ".join([IMAGE] * len(images)) + "\n" + prompt if images else prompt
+        prompt = " ".join(["<image>"] * len(images)) + "\n" + prompt if images else prompt
     # The right answers of an open question may be several, in Python's notation.
     if not choice and answer.startswith("["):
         answer = literal(answer, name)

@@ -70,7 +70,7 @@ def read_llava(asked: Path, labels: dict[str, Path], images: Path) -> list[Sampl
     for row in files.read_jsonl(asked):
         category = row["category"]
         text = row["text"].removesuffix(SHORT)
-        label = left[category].pop(0) if left.get(category) else files.Entry({}, str(asked))
+        label = left[category].pop(0) if left.get(category) else {}
         if (label.get("image"), label.get("text", "").strip()) != (row["image"], text.strip()):
             raise ValueError(
                 f"{row.where} asks {text!r} of {row['image']}; the {category} file has "
