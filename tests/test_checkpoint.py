@@ -104,6 +104,8 @@ def test_a_killed_write_is_never_picked_up(tmp_path):
         checkpoints.save(1, {"a": jnp.ones(3)}, {}, {})
         checkpoints.wait()
         checkpoints.save(2, {"a": jnp.ones(40_000_000)}, {}, {})
+        while not any("tmp" in name or name == "2" for name in os.listdir(sys.argv[1])):
+            pass  # the write begins in a thread of its own
         os.kill(os.getpid(), signal.SIGKILL)
     """
     code = run_python(script, str(tmp_path), devices=1).returncode

@@ -245,6 +245,7 @@ def test_an_interrupted_run_with_low_rank_updates_goes_on_bit_equal(tuned, tmp_p
     assert metrics(tmp_path) == metrics(tuned.workdir)
 
 
+@pytest.mark.slow
 def test_updates_of_a_run_go_on_or_are_added(tuned, experiment, tmp_path):
     """The next run keeps them if its own are alike; otherwise the kernels take them up."""
     after = experiment(TUNE, init_from=str(tuned.workdir))
