@@ -77,7 +77,14 @@ def fill(model: VLM, inputs: Inputs):
     return prefill(model, inputs, jax.random.key(0), ROOM)
 
 
-@pytest.mark.parametrize("text", [t for t in ON_TILES if not t.startswith("random")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(t, marks=[pytest.mark.slow] * t.startswith("yopo:layers=none"))
+        for t in ON_TILES
+        if not t.startswith("random")
+    ],
+)
 def test_a_batch_of_mixed_sizes_equals_single_runs(text):
     model, inputs, both = run(text)
     for i in range(2):

@@ -57,7 +57,7 @@ def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return (np.exp(p) * (p - q)).sum(-1)
 
 
-@pytest.mark.parametrize("case", ["apart", "tiles"])
+@pytest.mark.parametrize("case", [pytest.param("apart", marks=pytest.mark.slow), "tiles"])
 def test_a_curve_is_what_each_withdrawal_does(case):
     cfg, first = (TILED, 0) if case == "tiles" else (replace(DEEP, stacked=False), 1)
     tree, inputs = random_tree(cfg), mixed(cfg, tiles=3 if case == "tiles" else 1)

@@ -44,7 +44,10 @@ def images():
     return [random_tiles(rng, 3), random_tiles(rng, 4)]
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=[pytest.mark.slow] * (n == "at_entry")) for n in METHODS],
+)
 def model(request):
     return sharp_model(METHODS[request.param])
 

@@ -159,6 +159,7 @@ def test_dump_is_what_transformers_computes(checkpoint, photo, tmp_path):
     assert kept["logits"].dtype == kept["image_features"].dtype == np.float32
 
 
+@pytest.mark.slow
 def test_bfloat16_has_tolerances_of_its_own(checkpoint, photo, capsys):
     assert main(flags(checkpoint("llava"), QUESTION, [photo(40, 60)], "--dtype", "bfloat16")) == 0
     said = printed(capsys)

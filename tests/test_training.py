@@ -223,6 +223,7 @@ def tuned(whole, experiment, tmp_path_factory):
     return SimpleNamespace(config=config, workdir=workdir, first=first, last=run.train())
 
 
+@pytest.mark.slow
 def test_low_rank_updates_learn_alone(whole, tuned):
     base = {name: leaf for name, leaf in tuned.first.items() if ".lora." not in name}
     assert_same(base, whole.last)

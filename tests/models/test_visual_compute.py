@@ -179,6 +179,7 @@ def test_irregular_tokens():
     check(TILED, both, unpadded(random_inputs(TILED, tiles=4)))
 
 
+@pytest.mark.slow
 def test_questions_with_cuts_of_their_own():
     """Efficient as masked, before and behind a cut; blocks then hold more cells than tokens."""
     both = compose(pyramiddrop((1,), (0.5,)), official())
