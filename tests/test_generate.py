@@ -51,7 +51,16 @@ def first_words(inputs, count: int):
     return inputs._replace(**{name: getattr(inputs, name)[..., :count] for name in asked})
 
 
-@pytest.fixture(scope="module", params=[*METHODS, "full, stacked", "cut, stacked"])
+SLOW = ("renumbered", "full, stacked")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW))
+        for n in (*METHODS, "full, stacked", "cut, stacked")
+    ],
+)
 def dialogue(request):
     """A model, a text of 6 + 5 tokens (prompts of 6 and 4), its logits with what follows the
     prompt supervised, and the prompt's prefill with room."""

@@ -14,6 +14,7 @@ def flags(micro):
     return ["--config", str(micro.program), "--quiet", *micro.flags]
 
 
+@pytest.mark.slow
 def test_finished_cells_are_neither_trained_nor_scored_again(
     micro, flags, tmp_path, monkeypatch, capsys
 ):

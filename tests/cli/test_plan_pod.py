@@ -41,6 +41,7 @@ def test_the_mesh_of_the_config_stage_and_batch(tmp_path):
     assert (plan["stage"], plan["batch"], plan["text"]) == ("align", 4, 2 + 2 * 20)
 
 
+@pytest.mark.slow
 def test_a_sweep_prints_the_best_first(tmp_path, capsys):
     path = tmp_path / "plans.json"
     flags = ["--sweep", "--batch", "2", "--batch", "8", "--json", str(path)]

@@ -14,6 +14,7 @@ def run(micro):
     return read_run(micro.workdir)
 
 
+@pytest.mark.slow
 def test_views_of_two_questions(run, tmp_path):
     path = tmp_path / "sub" / "picture.png"
     views = draw(run, None, "test", 1, (3, 0), path)

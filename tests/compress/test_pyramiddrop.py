@@ -43,6 +43,7 @@ def answered(inputs):
 ASKS = {(0, 0): (1, 5), (0, 1): (2,), (1, 0): (3,), (1, 1): (6,)}
 
 
+@pytest.mark.slow
 def test_training_on_a_mixed_batch():
     """The tokens before all answers rank, each question's own; gradients are finite."""
     method = pyramiddrop(LAYERS, KEEP)

@@ -200,6 +200,7 @@ def test_padding_and_a_larger_bucket_change_nothing():
     close(got[:, :6], want)
 
 
+@pytest.mark.slow
 def test_gradients():
     """Of the official mass: efficient as masked, also when recomputed."""
     inputs, tree = random_inputs(SINGLE, batch=1), random_tree(SINGLE)
