@@ -41,7 +41,6 @@ COMPANIONS = (
     "preprocessor_config.json", "processor_config.json", "chat_template*",
     "generation_config.json",
 )  # fmt: skip
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def shapes(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:

@@ -40,3 +40,24 @@ def micro(tmp_path_factory):
     code = main(["--config", str(PROGRAM), "--workdir", str(workdir), "--quiet", *flags])
     assert code == 0
     return SimpleNamespace(workdir=workdir, program=PROGRAM, flags=flags)
+
+
+@pytest.fixture(scope="module")
+def kept_programs(tmp_path_factory):
+    """Programs on disk, for runs that compile the same steps again and again."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    changes = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in changes}
+    for name, value in changes.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

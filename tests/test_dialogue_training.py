@@ -9,10 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from focus_jax import training, workdir
 from focus_jax.cli.data import main as data
@@ -74,24 +72,6 @@ def built(tmp_path_factory):
     return SimpleNamespace(folder=out, words=words, flags=flags, config=config)
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """A resumed run compiles the same steps again: keep the programs on disk."""
-    changes = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in changes}
-    for name, value in changes.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 def metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in CLOCKED} for row in rows]
@@ -103,7 +83,7 @@ def run(built, folder, *flags):
 
 
 @pytest.fixture(scope="module")
-def whole(built, programs, tmp_path_factory):
+def whole(built, kept_programs, tmp_path_factory):
     """The metrics of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     assert run(built, folder) == 0
@@ -150,7 +130,7 @@ def test_several_devices_see_the_same_batches(built, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_all_tokens_train_as_well(built, programs, tmp_path):
+def test_all_tokens_train_as_well(built, kept_programs, tmp_path):
     flags = ["--compress.method", "full", "--train.stages.0.steps", "2"]
     assert run(built, tmp_path, *flags) == 0
     first, last = metrics(tmp_path)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from focus_jax import training
 from focus_jax.checkpoint import (
@@ -50,21 +49,8 @@ JOINT = TrainStage(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-    """Runs here compile the same steps again and again: keep the programs on disk."""
-    changes = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in changes}
-    for name, value in changes.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+def _programs(kept_programs):
+    """Runs here compile the same steps again and again."""
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,17 @@ class Entry(Row):
         raise ValueError(f'{self.where} has no "{name}"; it has {there}')
 
 
+# Names of what is asked, in one file or another.
+ASKED = ("question", "query", "text")
+
+
 def named(found: Mapping[str, Any], where: str) -> Entry:
-    """An object with the place that errors name."""
+    """An object with the place that errors name. ValueError: its question is no text."""
+    for name in ASKED:
+        if name in found and isinstance(found[name], int | float | None):
+            raise ValueError(
+                f'{where}: "{name}" is {found[name]!r:.80}, not text: mend or remove that entry'
+            )
     entry = Entry(found)
     entry.where = where
     return entry

@@ -1,7 +1,7 @@
 """Least times of a program on a chip: compute, memory and network, each alone."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from jax.sharding import AbstractMesh, Mesh
 
@@ -94,8 +94,3 @@ def times(flops: float, hbm_bytes: float, traffics: Iterable[Traffic], chip: Chi
         sum(one.all_links for one in listed),
         sum(one.own_links for one in listed),
     )
-
-
-def as_json(value: Times) -> Mapping[str, Any]:
-    """Times by name, in seconds."""
-    return {**value._asdict(), "least": value.least}

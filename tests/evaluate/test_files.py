@@ -167,3 +167,10 @@ def test_question_files_of_llava(tmp_path):
 
 def test_copies_of_an_id_are_marked():
     assert files.unique(["a", "b", "a", "a"]) == ["a", "b", "a-2", "a-3"]
+
+
+@pytest.mark.parametrize("value", ["null", "7"])
+def test_a_question_that_is_no_text_is_named_with_its_line(tmp_path, value):
+    path = write(tmp_path / "q.jsonl", f'{{"text": "what?"}}\n{{"text": {value}}}\n')
+    with pytest.raises(ValueError, match=r'q\.jsonl.*2.*"text" is'):
+        files.read_jsonl(path)
