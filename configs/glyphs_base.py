@@ -1,12 +1,16 @@
-"""The parts of the embedded job, trained from nothing: they stand for pre-trained ones.
+"""The parts of the embedded job that stand for pre-trained ones; what follows is joint training.
 
-`language` teaches the decoder to answer from scenes told in words, `vision` fits the projector
-so that each patch is told in those words. What follows (glyphs_full, glyphs_focus) is LLaVA's joint
-training.
+The decoder comes from glyphs_language.py. `vision` and `describe` teach a fresh tower and projector
+to tell each patch in the decoder's words; `align` teaches the router what pooling loses (LLaVA's
+first stage).
 """
 
+from dataclasses import replace
+from pathlib import Path
+
+from glyphs_language import GLYPHS
+
 from focus_jax.config import tiny
-from focus_jax.data.glyph_config import GlyphsConfig
 from focus_jax.experiment import (
     CompressConfig,
     DataConfig,
@@ -18,39 +22,39 @@ from focus_jax.experiment import (
     VisionSampler,
 )
 
-# Three colours an image, each with a number and a shape; four kinds of one hop, two of two.
-GLYPHS = GlyphsConfig(
-    groups=3, jitter=0, light=0.0, train=8000, validation=256, test=256,
-    kinds=(
-        "digit_of_colour", "shape_of_colour", "colour_of_number", "colour_of_shape",
-        "number_matching_shape", "shape_matching_number",
-    ),
-)  # fmt: skip
+DECODER = Path(__file__).with_name("glyphs_language")
 
-LANGUAGE = TrainStage(
-    "language", "words", steps=360, learning_rate=3e-3, train=("decoder.",),
-    samplers=False, batch=32, questions=8,
-)  # fmt: skip
+SCENES = replace(GLYPHS, train=5000, validation=128, test=192)
+
 VISION = TrainStage(
     "vision", "fit", steps=30, learning_rate=0.0, samplers=False, batch=16, questions=1,
     clutter=0.5,
 )  # fmt: skip
+DESCRIBE = replace(
+    VISION, name="describe", objective="describe", steps=200, learning_rate=3e-3,
+    train=("vision.", "projector."),
+)  # fmt: skip
+ALIGN = TrainStage(
+    "align", "route", steps=150, learning_rate=3e-3, train=("samplers.",), batch=32, questions=1
+)
 
-# The tower keeps random features, of which a router trained for 200 steps predicts the loss of
-# pooling too poorly, so regions are ranked by the measured loss.
-# 256 patches: 112 slots enter, 16 remain from the middle layer on: 64 in the mean.
+# 256 patches: 96 slots enter, 15 remain from the middle layer on.
 COMPRESS = CompressConfig(
-    vision=VisionSampler(region=4, scales=(4, 2, 1), budget=112, pooling="avg", gate="measured"),
-    text=TextSampler(layer=2, keep=0.14, queries="last"),
+    vision=VisionSampler(region=4, scales=(4, 2, 1), budget=96, pooling="avg"),
+    text=TextSampler(layer=2, keep=0.15, queries="instruction"),
 )
 
 
 def get_config() -> Experiment:
+    model = tiny()
+    # Patches alone: a token carries nothing of its neighbours. The layer serves the methods that
+    # ask for its attention.
+    vision = replace(model.vision, width=192, mlp_width=384, feature_layer=0)
     return Experiment(
         name="glyphs_base",
-        model=tiny(),
+        model=replace(model, vision=vision),
         compress=COMPRESS,
-        data=DataConfig(glyphs=GLYPHS, text_length=8),
-        train=TrainConfig(stages=(LANGUAGE, VISION)),
+        data=DataConfig(glyphs=SCENES, text_length=13),
+        train=TrainConfig(stages=(VISION, DESCRIBE, ALIGN), init_from=f"decoder={DECODER}"),
         eval=EvalConfig(batch=32, max_new_tokens=2),
     )

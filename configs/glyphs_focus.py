@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import glyphs_base
 
-from focus_jax.experiment import Experiment, TrainConfig, TrainStage
+from focus_jax.experiment import Experiment, TrainStage
 
 JOINT = TrainStage(
-    "joint", "answers", steps=200, learning_rate=6e-4,
-    train=("decoder.", "projector.", "samplers."), batch=16, questions=4,
+    "joint", "answers", steps=150, learning_rate=5e-4, muon=0.005,
+    train=("vision.", "decoder.", "projector.", "samplers."), batch=16, questions=6,
 )  # fmt: skip
 
 
 def get_config() -> Experiment:
-    stages = (glyphs_base.LANGUAGE, glyphs_base.VISION, JOINT)
-    return replace(glyphs_base.get_config(), name="glyphs_focus", train=TrainConfig(stages=stages))
+    base = glyphs_base.get_config()
+    stages = (*base.train.stages, JOINT)
+    return replace(base, name="glyphs_focus", train=replace(base.train, stages=stages))

@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": "what a method costs on a model: slots, operations, cache bytes; runs nothing",
     "reproduce": "a paper's table again: published figures beside measured ones",
     "show": "a picture of what the samplers kept for questions on one image",
+    "study": "what each part of FocusLLaVA brings, beside controls that could refute it",
 }
 
 

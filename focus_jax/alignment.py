@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from focus_jax.models.vlm import VLM
 from focus_jax.sharding import pinned
@@ -35,12 +35,29 @@ def hidden_features(vlm: VLM, pixels: Array) -> Float[Array, "B N F"]:
     return jnp.pad(features, [(0, 0), (0, 0), (0, 1)], constant_values=1.0)
 
 
+def cell_weights(filled: Bool[Array, "B N"]) -> Float[Array, "B N"]:
+    """Filled and empty cells weigh the same in total, 1 together."""
+    return jnp.where(filled, 0.5 / jnp.maximum(filled.sum(), 1), 0.5 / (~filled).sum())
+
+
+def unexplained(vlm: VLM, batch: Mapping[str, Array]) -> Float[Array, ""]:
+    """Share of the variance of cells' words that the projector's tokens do not tell.
+
+    The same target as `fit_projector`'s, for tower and projector to go on from it by gradients.
+    """
+    told = vlm.projector(vlm.vision(batch["pixels"][:, 0])["features"]).astype(jnp.float32)
+    y = jax.lax.stop_gradient(vlm.decoder.embedded(batch["cell_words"]).sum(-2))
+    weight = cell_weights(batch["cell_filled"])
+    mean = jnp.einsum("bn,bnd->d", weight, y)
+    spread = (weight * ((y - mean) ** 2).sum(-1)).sum()
+    return (weight * ((told - y) ** 2).sum(-1)).sum() / spread
+
+
 def moments(vlm: VLM, batch: Mapping[str, Array]) -> Moments:
     """One batch's sums; filled and empty cells weigh the same in total."""
     x = hidden_features(vlm, batch["pixels"])
     y = vlm.decoder.embedded(batch["cell_words"]).sum(-2)
-    filled = batch["cell_filled"]
-    weight = jnp.where(filled, 0.5 / jnp.maximum(filled.sum(), 1), 0.5 / (~filled).sum())
+    weight = cell_weights(batch["cell_filled"])
     flat = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
     x, y, weight = flat(x), flat(y), flat(weight)[:, None]
     sums = Moments(

@@ -104,14 +104,18 @@ class TrainStage:
     """One stage of training.
 
     `objective`: `answers` (the real one), `words` (the decoder alone, scenes told in words), `fit`
-    (the projector in closed form from `steps` batches; see alignment.py).
+    (the projector in closed form from `steps` batches; see alignment.py), `describe` (the same by
+    gradients, tower included), `route` (the vision stage's own losses).
     `train`: prefixes of the canonical parameter names that learn; the rest is frozen. With
     `model.lora`, `decoder.layers.lora.` stands for the updates; kernels that have one stay frozen.
     `scale`: (prefix, factor) pairs on the learning rate. `samplers`: whether the method is in
     place (otherwise all visual tokens). Schedule: linear warm-up over a share of the steps, cosine
-    down to `final` of the peak. `accumulate`: batches a step. `clutter`: images made on the fly
-    with that share of their cells filled (objective `fit`). `dataset`, `template`: this stage's own
-    in place of those of `data`.
+    down to `final` of the peak. `muon`: peak learning rate of the decoder's stacked kernels under
+    Muon (Jordan et al., 2024; small decoders learn to look things up in half the steps), all else
+    then under AdamW with Nesterov momentum; 0: AdamW for all. `accumulate`: batches a step.
+    `clutter`: images made on the fly with that share of their cells filled (objective `fit`).
+    `glyphs`: scenes of this stage alone, made on the fly, of the same words (a curriculum).
+    `dataset`, `template`: this stage's own in place of those of `data`.
     """
 
     name: str
@@ -127,7 +131,9 @@ class TrainStage:
     warmup: float = 0.03
     final: float = 0.05
     clip: float = 1.0
+    muon: float = 0.0
     clutter: float = 0.0
+    glyphs: GlyphsConfig | None = None
     dataset: str = ""
     template: Literal[TemplateName, ""] = ""
 

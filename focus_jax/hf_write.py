@@ -169,9 +169,7 @@ def write_base(
             f"the token that stands for an image is {image_token}, and the vocabulary has "
             f"{cfg.decoder.vocab_size}: give image_token=, or a source whose config.json has it"
         )
-    kind = dtype or str(np.dtype(tree["decoder.embed.embedding"].dtype))
-    if kind not in DTYPES:
-        raise ValueError(f"dtype {kind!r} cannot be written: choose {' or '.join(DTYPES)}")
+    kind = dtype_of(tree, dtype)
     kept = text if "text_config" in text else without_original(text)
     config = config_json(cfg, kind, int(image_token), kept)
     write_json(room / "config.json", config)
@@ -180,6 +178,14 @@ def write_base(
         write_json(room / "processor_config.json", processor_json(cfg))
     tensors = [t for name, leaf in tree.items() for t in tensors_of(name, leaf, DTYPES[kind])]
     io.write_directory(room, sorted(tensors, key=lambda t: natural(t.name)), max_shard_bytes)
+
+
+def dtype_of(tree: Mapping[str, Any], dtype: str | None) -> str:
+    """The name of the dtype to write: the one asked for, or the tree's own."""
+    kind = dtype or str(np.dtype(tree["decoder.embed.embedding"].dtype))
+    if kind not in DTYPES:
+        raise ValueError(f"dtype {kind!r} cannot be written: choose {' or '.join(DTYPES)}")
+    return kind
 
 
 def without_original(text: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What a training stage minimises: each objective maps a model and a batch to a loss.
 
 `answers` is the real one (LLaVA's two stages). `words` trains the embedded job's decoder from
-nothing; it stands for the pre-training of a language model.
+nothing, `describe` its tower and projector; they stand for pre-training. `route` teaches a router
+alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from focus_jax.alignment import unexplained
 from focus_jax.compress.method import Context, VisualTokens, block_key
 from focus_jax.compress.select import top_k_in_order
 from focus_jax.models.streams import Streams
 from focus_jax.models.vlm import VLM, Inputs
 from focus_jax.vocabulary_loss import vocabulary_loss
 
-ObjectiveName = Literal["answers", "words"]
+ObjectiveName = Literal["answers", "words", "describe", "route"]
 Batch = Mapping[str, Array]
 
 
@@ -29,13 +31,18 @@ class Loss(NamedTuple):
 
 
 def inputs_of(batch: Batch) -> Inputs:
-    """The model's view of a loader's batch; dialogues tell where their images stand."""
+    """The model's view of a loader's batch; dialogues tell where their images stand.
+
+    Batches with the tables of glyphs tell what each patch holds.
+    """
+    filled = batch.get("cell_filled")
     return Inputs(
         pixels=batch["pixels"], patch_valid=batch["patch_valid"], origin=batch["tile_origin"],
         prefix=batch["prefix"], prefix_valid=batch["prefix_valid"], tokens=batch["tokens"],
         token_valid=batch["token_valid"], instruction=batch["query_mask"],
         label=batch["label_mask"], row_valid=batch.get("tile_rows"),
         image_at=batch.get("image_at"),
+        content=None if filled is None else filled[:, None].astype(jnp.float32),
     )  # fmt: skip
 
 
@@ -102,7 +109,7 @@ def behind_images(
     return jax.vmap(put)(hidden, place, rows)
 
 
-WORD_SLOTS = 16  # filled cells and a few empty ones
+WORD_SLOTS = 24  # filled cells and a few empty ones
 
 
 def words(vlm: VLM, batch: Batch, ctx: Context) -> Loss:
@@ -130,7 +137,27 @@ def words(vlm: VLM, batch: Batch, ctx: Context) -> Loss:
     return answer(vlm, batch, ctx, visual, rank + gaps.astype(jnp.int32))
 
 
+def route(vlm: VLM, batch: Batch, ctx: Context) -> Loss:
+    """The losses of the vision stage alone: its router learns before any answer depends on it."""
+    _, aux = vlm.see(inputs_of(batch), ctx)
+    if not aux.losses:
+        raise ValueError(
+            f"objective 'route': the method {vlm.method.name!r} has no router to teach; leave the "
+            "stage out, or use the gate 'distortion'"
+        )
+    metrics = {**aux.metrics, **{f"loss_{name}": value for name, value in aux.losses.items()}}
+    return Loss(sum(aux.losses.values(), jnp.zeros(())), metrics)
+
+
+def describe(vlm: VLM, batch: Batch, ctx: Context) -> Loss:
+    """Tower and projector tell each patch in the decoder's words (see alignment.py)."""
+    share = unexplained(vlm, batch)
+    return Loss(share, {"unexplained": share})
+
+
 OBJECTIVES: dict[str, Callable[[VLM, Batch, Context], Loss]] = {
     "answers": answers,
     "words": words,
+    "describe": describe,
+    "route": route,
 }

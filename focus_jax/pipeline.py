@@ -204,7 +204,8 @@ class Pipeline:
             return make_inputs(self.vlm.cfg, prompts, tiles)
         rows = [*range(len(prompts)), *[0] * (-len(prompts) % layout.ways("batch"))]
         whole = make_inputs(self.vlm.cfg, [prompts[i] for i in rows], [tiles[i] for i in rows])
-        arrays = {name: np.asarray(array) for name, array in whole._asdict().items()}
+        given = {name: array for name, array in whole._asdict().items() if array is not None}
+        arrays = {name: np.asarray(array) for name, array in given.items()}
         return Inputs(**put_batch(arrays, layout))
 
     def tiles(self, photos: Sequence[Sequence[Photo]]) -> list[list[Tiles]]:

@@ -1,10 +1,11 @@
-"""Where training starts from: a run, a LLaVA checkpoint, or a decoder and a tower apart.
+"""Where training starts from: a run, a LLaVA checkpoint, or a decoder with or without a tower.
 
 `train.init_from` is one of
 - a run of train.py: its workdir, its `checkpoints` folder, or one step in there;
 - a LLaVA directory, of Hugging Face's or the original, or one that `Pipeline.save` wrote;
 - `decoder=DIR,vision=DIR`: a text-only Llama and a CLIP, and what stands between them is fresh; or
-  an original LLaVA that only names its tower, and that tower.
+  an original LLaVA that only names its tower, and that tower;
+- `decoder=DIR`: a text-only Llama alone, and all else is fresh, as in a run from nothing.
 """
 
 import math
@@ -12,44 +13,59 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from focus_jax import hf
+from focus_jax import hf, hf_decoder
 from focus_jax.checkpoint import load_meta, load_params
+from focus_jax.compress.baselines import full
 from focus_jax.config import LoraConfig, ModelConfig
 from focus_jax.experiment import Experiment, from_json
 from focus_jax.hf_config import read_json, text_config, tower_config
 from focus_jax.models.lora import has_lora, merged
-from focus_jax.models.params import Leaf
+from focus_jax.models.params import Leaf, abstract, canonical, fresh_leaves, named_leaves
 from focus_jax.sharding import Layout
 
 FORMS = (
-    "a run of train.py, a LLaVA directory (Hugging Face's or the original), or "
-    "decoder=DIR,vision=DIR"
+    "a run of train.py, a LLaVA directory (Hugging Face's or the original), "
+    "decoder=DIR,vision=DIR or decoder=DIR"
 )
 # What a model is, and not how it is run.
 SIZES = ("vision", "decoder", "projector", "image_newline")
 
 
 class Parts(NamedTuple):
-    """Directories of a decoder and of a tower."""
+    """Directories of a decoder and of a tower; without one, the tower is fresh."""
 
     decoder: Path
-    vision: Path
+    vision: Path | None = None
 
 
 def parts_of(text: str) -> Parts | None:
-    """The parts that `decoder=DIR,vision=DIR` names; None for a text that is one path."""
+    """What `decoder=DIR,vision=DIR` or `decoder=DIR` names; None for a text that is one path.
+
+    ValueError for anything else that begins like them.
+    """
     if not text.startswith(("decoder=", "vision=")):
         return None
-    found = dict(part.partition("=")[::2] for part in text.split(","))
-    if set(found) != {"decoder", "vision"} or not all(found.values()):
-        raise ValueError(f"train.init_from={text!r}: write decoder=DIR,vision=DIR")
-    return Parts(*(Path(found[part]).expanduser() for part in Parts._fields))
+    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    found = dict(pairs)
+    wanted = {"decoder"}, set(Parts._fields)
+    if set(found) not in wanted or len(pairs) > len(found) or not all(found.values()):
+        raise ValueError(f"train.init_from={text!r}: write decoder=DIR,vision=DIR or decoder=DIR")
+    return Parts(**{part: Path(folder).expanduser() for part, folder in found.items()})
 
 
 def is_whole(parts: Parts) -> bool:
-    """Whether the decoder is a LLaVA, which has all but the tower."""
+    """Whether the decoder is a LLaVA, which has all but the tower.
+
+    ValueError where no tower is named for it.
+    """
     kind = read_json(parts.decoder / "config.json").get("model_type")
-    return str(kind).startswith("llava")
+    whole = str(kind).startswith("llava")
+    if whole and parts.vision is None:
+        raise ValueError(
+            f"train.init_from: {parts.decoder} is a LLaVA (model_type {kind!r}), not a decoder "
+            "alone: give the directory without decoder=, or with vision=DIR beside it"
+        )
+    return whole
 
 
 def is_llava(path: Path) -> bool:
@@ -73,13 +89,16 @@ def checkpoint_model(text: str, own: ModelConfig) -> ModelConfig | None:
 
     Dtypes, attention, rematerialisation and low-rank updates stay `own`, as do the initialisation
     of fresh weights and how images may be tiled, unless the checkpoint's newline settles that.
+    A decoder alone says nothing of tower, projector and newline, which stay `own` too.
     """
     parts, path = parts_of(text), Path(text).expanduser()
     if parts is not None and is_whole(parts):
         found = hf.read_config(parts.decoder, parts.vision)
     elif parts is not None:
-        tower = replace(tower_config(parts.vision), feature_layer=own.vision.feature_layer)
-        found = replace(own, vision=tower, decoder=text_config(parts.decoder))
+        found = replace(own, decoder=text_config(parts.decoder))
+        if parts.vision is not None:
+            tower = replace(tower_config(parts.vision), feature_layer=own.vision.feature_layer)
+            found = replace(found, vision=tower)
     elif is_llava(path):
         found = hf.read_config(path)
     else:
@@ -161,8 +180,9 @@ def read_start(text: str, own: ModelConfig, layout: Layout, seed: int) -> dict[s
     """The canonical parameters that `init_from` names, each read straight to where it lies.
 
     Samplers come along. Low-rank updates too where they are as `own` has them; others are added to
-    their kernels. seed: of a fresh projector. FileNotFoundError, ValueError for what is not there
-    or does not fit.
+    their kernels. seed: of what is fresh (projector and newline; for a decoder alone the tower
+    too, as in a run from nothing). FileNotFoundError, ValueError for what is not there or does not
+    fit.
     """
     check_model(text, own)
     parts, path = parts_of(text), Path(text).expanduser()
@@ -172,11 +192,7 @@ def read_start(text: str, own: ModelConfig, layout: Layout, seed: int) -> dict[s
             sharding=layout.stored,
         )[1]  # fmt: skip
     if parts is not None:
-        return hf.read_parts(
-            *parts, projector=own.projector, feature_layer=own.vision.feature_layer,
-            grids=own.grids if own.image_newline else (), seed=seed, param_dtype=own.param_dtype,
-            sharding=layout.stored,
-        )[1]  # fmt: skip
+        return read_parts(parts, own, layout, seed)
     if is_llava(path):
         return hf.read(path, param_dtype=own.param_dtype, sharding=layout.stored)[1]
     folder = run_folder(path)
@@ -184,3 +200,20 @@ def read_start(text: str, own: ModelConfig, layout: Layout, seed: int) -> dict[s
     config = run_config(folder)
     theirs = LoraConfig() if config is None else config.model.lora
     return merged(tree, theirs) if has_lora(tree) and theirs != own.lora else tree
+
+
+def read_parts(parts: Parts, own: ModelConfig, layout: Layout, seed: int) -> dict[str, Leaf]:
+    """A text-only decoder with a tower and a fresh projector, or with all else fresh."""
+    if parts.vision is not None:
+        return hf.read_parts(
+            parts.decoder, parts.vision, projector=own.projector,
+            feature_layer=own.vision.feature_layer, seed=seed, param_dtype=own.param_dtype,
+            grids=own.grids if own.image_newline else (), sharding=layout.stored,
+        )[1]  # fmt: skip
+    decoder = hf_decoder.read(
+        parts.decoder, param_dtype=own.param_dtype, sharding=layout.stored
+    )[1]  # fmt: skip
+    # Tower and projector are drawn before a decoder and samplers: these decide nothing of them.
+    base = canonical(named_leaves(abstract(own, full())))
+    lacking = [name for name in base if not name.startswith("decoder.")]
+    return decoder | fresh_leaves(own, full(), seed, lacking, layout)

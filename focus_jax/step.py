@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
+from optax.contrib import MuonDimensionNumbers, muon
 
 from focus_jax.compress.baselines import full
 from focus_jax.compress.method import Context
@@ -65,23 +66,45 @@ def check_lora(stage: TrainStage, lora: LoraConfig) -> None:
 
 
 def make_optimiser(cfg: TrainConfig, stage: TrainStage) -> optax.GradientTransformation:
-    """AdamW with clipping, warm-up and cosine, learning rates by part."""
+    """AdamW with clipping, warm-up and cosine, learning rates by part; Muon if asked.
+
+    Beside Muon, all other leaves are under AdamW with Nesterov momentum: optax gives both the same.
+    """
     warmup = max(1, round(stage.warmup * stage.steps))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, stage.learning_rate, warmup, max(stage.steps, warmup + 1),
-        stage.final * stage.learning_rate,
-    )  # fmt: skip
+
+    def schedule(peak: float) -> optax.Schedule:
+        steps = max(stage.steps, warmup + 1)
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, stage.final * peak)
 
     def by_part(updates: Leaves, params: Any = None) -> Leaves:
         return {
             name: u * part_scale(names.canonical_name(name), stage) for name, u in updates.items()
         }
 
-    return optax.chain(
-        optax.clip_by_global_norm(stage.clip),
-        optax.adamw(schedule, cfg.b1, cfg.b2, weight_decay=cfg.weight_decay),
-        optax.stateless(by_part),
-    )
+    rate = schedule(stage.learning_rate)
+    inner = optax.adamw(rate, cfg.b1, cfg.b2, weight_decay=cfg.weight_decay)
+    if stage.muon:
+        inner = muon(
+            schedule(stage.muon), weight_decay=cfg.weight_decay, adam_learning_rate=rate,
+            adam_b1=cfg.b1, adam_b2=cfg.b2, adam_weight_decay=cfg.weight_decay,
+            muon_weight_dimension_numbers=stacked_kernels,
+        )  # fmt: skip
+    return optax.chain(optax.clip_by_global_norm(stage.clip), inner, optax.stateless(by_part))
+
+
+def stacked_kernels(leaves: Leaves) -> dict[str, Any]:
+    """Which axes of the decoder's stacked kernels [L, in, out] Muon makes orthogonal; None: Adam's.
+
+    The optimiser asks with leaves that it has masked, too.
+    """
+
+    def axes(name: str, leaf: Any) -> Any:
+        if isinstance(leaf, optax.MaskedNode):
+            return leaf
+        kernel = name.startswith("decoder.") and name.endswith(".kernel") and leaf.ndim == 3
+        return MuonDimensionNumbers(1, 2) if kernel else None
+
+    return {name: axes(name, leaf) for name, leaf in leaves.items()}
 
 
 def part_scale(name: str, stage: TrainStage) -> float:
@@ -109,7 +132,7 @@ def state_shardings(state: State, layout: Layout) -> State:
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
         owners = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        if not owners:
+        if not owners or owners[-1] not in state.learning:
             return replicated(layout.mesh)  # counters
         return layout.stored(names.canonical_name(owners[-1]), leaf.shape)
 

@@ -59,12 +59,7 @@ class Run:
     ):
         if not cfg.train.stages:
             raise ValueError(f"experiment {cfg.name!r} has no training stages: set train.stages")
-        told = any(stage.objective == "words" for stage in cfg.train.stages)
-        if told and cfg.data.glyphs.filled > WORD_SLOTS:
-            raise ValueError(
-                f"objective 'words' tells {WORD_SLOTS} cells of an image, and data.glyphs fills "
-                f"{cfg.data.glyphs.filled}: lower its groups or digits"
-            )
+        check_told(cfg)
         self.cfg, self.quiet, self.watching = cfg, quiet, watching or Watching()
         check_steps(self.watching.profile, cfg.train.steps)
         # Before anything is written: a method that does not fit leaves no workdir behind.
@@ -279,6 +274,20 @@ class Run:
         return jax.device_put(state, state_shardings(state, self.layout))
 
 
+def check_told(cfg: Experiment) -> None:
+    """ValueError for a stage `words` whose scenes, its own or the data's, fill too many cells."""
+    for stage in cfg.train.stages:
+        if stage.objective != "words":
+            continue
+        glyphs = stage.glyphs or cfg.data.glyphs
+        if glyphs.filled > WORD_SLOTS:
+            whose = "its own glyphs" if stage.glyphs else "data.glyphs"
+            raise ValueError(
+                f"stage {stage.name!r}: objective 'words' tells {WORD_SLOTS} cells of an image, and"
+                f" {whose} fill {glyphs.filled}: lower their groups, digits or tally"
+            )
+
+
 def next_batches(batches: Iterator[Batch], count: int) -> dict[str, np.ndarray]:
     """The next `count` batches as one, [count B ...]."""
     own = [next(batches) for _ in range(count)]
@@ -296,7 +305,7 @@ def stage_bounds(leaves: Mapping[str, Array]) -> tuple[int, ...]:
 
 
 # Strings and bookkeeping of a batch stay on the host.
-HOST_ONLY = ("index", "question", "kind", "glyph", "colour", "row_valid")
+HOST_ONLY = ("index", "question", "kind", "glyph", "colour", "row_valid", "evidence")
 
 
 def for_device(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

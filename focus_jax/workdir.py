@@ -215,9 +215,10 @@ def make_train_loader(
     data: Any = sources[name]
     if name:
         return dialogue_loader(cfg, data, tokenizer, stage, index, layout)
-    glyphs = cfg.data.glyphs
+    glyphs = stage.glyphs or cfg.data.glyphs
     if stage.clutter:
         glyphs = replace(glyphs, clutter=stage.clutter)
+    if glyphs != cfg.data.glyphs:
         data = FreshSource(glyphs, cfg.data.seed, glyphs.train)
     seed = cfg.train.seed * 1000 + index
     config = loader_config(cfg, stage.batch, stage.questions, seed, layout)

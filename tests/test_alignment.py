@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from focus_jax.alignment import fit_projector
+from focus_jax.alignment import fit_projector, unexplained
 from focus_jax.compress.baselines import full
 from focus_jax.models.params import initialise, named_leaves, with_leaves
 from tests.micro import MODEL
+from tests.quick import compiled
 
 RIDGE = 1e-3
 CELLS = 16
@@ -89,6 +90,30 @@ def test_the_fit_is_the_last_layer_and_of_use(model, batches):
         return (weight[:, None] * (made.reshape(y.shape) - y) ** 2).sum()
 
     assert gap(fitted) < 0.9 * gap(model)
+
+
+def test_describing_lowers_the_share_that_is_not_told(model, batches):
+    batch = batches[0]
+    _, y, weight = rows(model, [batch])
+    made = np.asarray(model.projector(model.vision(batch["pixels"][:, 0])["features"]))
+    left = (weight[:, None] * (made.reshape(y.shape) - y) ** 2).sum()
+    spread = (weight[:, None] * (y - weight @ y) ** 2).sum()
+    leaves = named_leaves(model)
+    share = lambda own: unexplained(with_leaves(model, own), batch)  # noqa: E731
+    step = compiled(jax.value_and_grad(share))
+    value, grads = step(leaves)
+    assert value == pytest.approx(left / spread, rel=1e-4)
+    # The decoder's words are what is to be told: they do not move towards it.
+    assert not any(np.asarray(g).any() for n, g in grads.items() if n.startswith("decoder."))
+    for part in ("vision.", "projector."):
+        own = {name: grad for name, grad in grads.items() if name.startswith(part)}
+        norm = sum(float((grad**2).sum()) for grad in own.values()) ** 0.5
+        assert norm > 0
+        # A short way down: its slope is the gradient's length.
+        rate = 1e-3 * float(value) / norm**2
+        moved = {name: leaves[name] - rate * grad for name, grad in own.items()}
+        fallen = float(value) - float(step({**leaves, **moved})[0])
+        assert fallen == pytest.approx(rate * norm**2, rel=0.2)
 
 
 def test_no_more_batches_are_read_than_asked_for(model, batches):

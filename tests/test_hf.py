@@ -17,13 +17,17 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
-from focus_jax import hf  # noqa: E402
+from focus_jax import hf, hf_decoder  # noqa: E402
 from focus_jax.compress.baselines import full  # noqa: E402
 from focus_jax.models.attention import Rows  # noqa: E402
 from focus_jax.models.params import with_method  # noqa: E402
 from tests.hf_models import (  # noqa: E402
+    BOS,
+    EOS,
     IMAGE,
     KINDS,
+    WORDS,
+    make_tokenizer,
     random_values,
     write_clip,
     write_llava,
@@ -355,6 +359,30 @@ def test_write_reads_back_and_transformers_loads_it(made, tmp_path, kind):
     inputs = processor(text="USER: <image>\nwhat? ASSISTANT:", images=photo, return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("kind", ["next_gqa_llama3", "tied"])
+def test_a_decoder_alone_is_torchs(made, tmp_path, kind):
+    source, model = made(kind)
+    cfg, tree = hf.read(source)
+    words = make_tokenizer()
+    out = hf_decoder.write(tmp_path / "out", cfg, tree, words, max_shard_bytes=40e3)
+    assert hf_decoder.read(out)[0] == cfg.decoder
+    own = {name: np.asarray(leaf) for name, leaf in tree.items() if name.startswith("decoder.")}
+    assert_same(hf_decoder.read(out)[1], own)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert type(loaded) is transformers.LlamaForCausalLM and not any(info.values())
+    assert (loaded.config.bos_token_id, loaded.config.eos_token_id) == (BOS, EOS)
+    asked = transformers.AutoTokenizer.from_pretrained(out)(WORDS, return_tensors="pt")["input_ids"]
+    assert asked.tolist() == [words(WORDS)["input_ids"]]
+    with torch.no_grad():
+        assert torch.equal(loaded(asked).logits, model(asked).logits)
+    with pytest.raises(FileExistsError, match="out exists: name another directory"):
+        hf_decoder.write(out, cfg, tree, words)
+    short = {name: leaf for name, leaf in own.items() if name != "decoder.norm.scale"}
+    with pytest.raises(ValueError, match=r"parameters differ at decoder\.norm\.scale"):
+        hf_decoder.write(tmp_path / "short", cfg, short, words)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_tensors_come_back_bit_for_bit(made, tmp_path):

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 from focus_jax import objectives
-from focus_jax.compress.method import Context
-from focus_jax.objectives import WORD_SLOTS, Loss, answer_loss, words
+from focus_jax.compress.baselines import full
+from focus_jax.compress.focusllava import focusllava
+from focus_jax.compress.method import Aux, Context
+from focus_jax.compress.vision_guided import VisionGuided
+from focus_jax.models.params import abstract
+from focus_jax.objectives import WORD_SLOTS, Loss, answer_loss, route, words
+from focus_jax.step import abstract_batch
+from tests.micro import get_config
 
 RNG = np.random.default_rng(0)
 
@@ -95,6 +101,27 @@ def test_places_lie_between_closed_up_and_the_raster(told):
             share = (places[-1] - len(cells) + 1) / (cells[-1] - len(cells) + 1)
             closed, spread = closed + (share < 0.3), spread + (share > 0.7)
     assert closed > 3 and spread > 3
+
+
+def test_routing_minimises_the_losses_of_the_vision_stage_alone(monkeypatch):
+    aux = Aux({"router": jnp.asarray(0.5), "balance": jnp.asarray(0.25)}, {"seen": 3}, {})
+    monkeypatch.setattr(objectives, "inputs_of", lambda batch: batch)
+    model = SimpleNamespace(see=lambda inputs, ctx: (None, aux))  # no decoder to run
+    loss = route(model, {}, Context(jax.random.key(0), train=True))
+    assert float(loss.value) == 0.75
+    assert loss.metrics == {"seen": 3, "loss_router": 0.5, "loss_balance": 0.25}
+
+
+@pytest.mark.parametrize(
+    "method", [full(), focusllava(VisionGuided(region=2, scales=(2, 1), budget=8, gate="measured"))]
+)
+def test_a_method_without_a_router_is_not_taught(method):
+    config = get_config()
+    batch = abstract_batch(config, config.train.stages[0], 1)
+    learn = lambda vlm, batch: route(vlm, batch, Context(jax.random.key(0), train=True))  # noqa: E731
+    said = f"'{method.name}' has no router to teach; leave the stage out"
+    with pytest.raises(ValueError, match=said):
+        jax.eval_shape(learn, abstract(config.model, method), batch)
 
 
 def test_what_follows_an_image_is_told_from_its_last_row():

@@ -11,10 +11,12 @@ from safetensors.numpy import load_file, save_file
 
 from focus_jax import hf
 from focus_jax.checkpoint import save_params
+from focus_jax.compress.baselines import full
 from focus_jax.config import LoraConfig
 from focus_jax.experiment import Experiment, TrainConfig, TrainStage, with_stages
+from focus_jax.models.params import abstract, canonical, check_same, initialise, named_leaves
 from focus_jax.sharding import make_layout
-from focus_jax.starting import check_model, read_start, with_checkpoint_model
+from focus_jax.starting import check_model, checkpoint_model, read_start, with_checkpoint_model
 from tests.models.tiny_models import SINGLE, TILED, random_tree
 
 STAGES = tuple(TrainStage(n, "answers", steps=1, learning_rate=1e-3) for n in ("align", "instruct"))
@@ -83,6 +85,39 @@ def test_a_decoder_and_a_tower(llava, parts):
     assert (other["projector.linear_1.kernel"] != found["projector.linear_1.kernel"]).any()
 
 
+# The decoder of SINGLE behind another tower, which is its config's own business.
+BESIDE = replace(
+    TILED, projector="linear", vision=replace(SINGLE.vision, layers=1, feature_layer=-1)
+)
+
+
+def test_a_decoder_alone(llava, parts):
+    alone = parts.partition(",")[0]
+    found = start(alone, BESIDE)
+    decoder = {name: leaf for name, leaf in llava[1].items() if name.startswith("decoder.")}
+    assert_same({name: found[name] for name in decoder}, decoder)
+    wanted = canonical(named_leaves(abstract(BESIDE, full())))
+    check_same(wanted, found)
+    where = make_layout("data", 1)
+    for name, leaf in found.items():
+        assert leaf.sharding == where.stored(name, leaf.shape) and leaf.dtype == wanted[name].dtype
+    assert checkpoint_model(alone, BESIDE) == BESIDE
+    check_model(alone, changed(vocab_size=64, init="normal"), vocabulary=False)
+    with pytest.raises(ValueError, match=r"\.decoder\.vocab_size 50, the config 64: set --model"):
+        check_model(alone, changed(vocab_size=64))
+    with pytest.raises(ValueError, match=r"\.decoder\.norm_eps 1e-05, the config 0\.001: set"):
+        check_model(alone, changed(norm_eps=1e-3), vocabulary=False)
+
+
+@pytest.mark.slow
+def test_what_a_decoder_alone_lacks_is_a_fresh_runs(parts):
+    found = read_start(parts.partition(",")[0], BESIDE, make_layout("data", 1), 3)
+    fresh = canonical(named_leaves(initialise(BESIDE, full(), 3, make_layout("data", 1))))
+    lacking = {name for name in found if not name.startswith("decoder.")}
+    assert_same({n: found[n] for n in lacking}, {n: fresh[n] for n in lacking})
+    assert {n.partition(".")[0] for n in lacking} == {"vision", "projector", "image_newline"}
+
+
 def test_an_original_llava_and_its_tower(llava, parts, tmp_path):
     folder, tree = llava
     tensors = {}
@@ -147,11 +182,16 @@ def test_sizes_from_the_checkpoint(llava, parts):
         with_checkpoint_model(replace(asked, train=TrainConfig(STAGES)))
 
 
-def test_what_is_not_there_is_named(parts, tmp_path):
+def test_what_is_not_there_is_named(llava, parts, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no directory .*/none: give a run of"):
         start(tmp_path / "none")
     with pytest.raises(ValueError, match="write decoder=DIR,vision=DIR"):
         start("decoder=a,tower=b")
+    for text in ("vision=a", "decoder=", "decoder=a,decoder=b", "decoder=a,vision="):
+        with pytest.raises(ValueError, match=f"init_from='{text}': write decoder=DIR,vision="):
+            start(text)
+    with pytest.raises(ValueError, match=r"llava is a LLaVA .* not a decoder alone: give the dir"):
+        start(f"decoder={llava[0]}")
     with pytest.raises(FileNotFoundError, match=r"no config\.json in"):
         start(f"decoder={tmp_path},{parts.partition(',')[2]}")
     with pytest.raises(FileNotFoundError, match="no finished checkpoint"):

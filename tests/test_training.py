@@ -36,8 +36,8 @@ from tests.micro import get_config
 ROOT = Path(__file__).parents[1]
 
 WORDS = TrainStage(
-    "words", "words", steps=6, learning_rate=1e-2, train=("decoder.",), samplers=False, batch=4,
-    questions=2,
+    "words", "words", steps=6, learning_rate=1e-2, muon=1e-2, train=("decoder.",), samplers=False,
+    batch=4, questions=2,
 )  # fmt: skip
 FIT = TrainStage(
     "fit", "fit", steps=2, learning_rate=0.0, samplers=False, batch=4, questions=1, clutter=0.5
@@ -430,9 +430,13 @@ def test_an_experiment_without_stages_is_refused(experiment, tmp_path):
 
 def test_scenes_too_full_for_words_are_refused(experiment, tmp_path):
     config = experiment(WORDS)
-    glyphs = replace(config.data.glyphs, grid=16, groups=6, digits=2)
-    with pytest.raises(ValueError, match=r"tells 16 cells .* fills 18: lower its groups"):
+    glyphs = replace(config.data.glyphs, grid=16, groups=6, digits=4)
+    with pytest.raises(ValueError, match=r"'words' tells 24 .* data\.glyphs fill 30: lower their"):
         Run(replace(config, data=replace(config.data, glyphs=glyphs)), tmp_path)
+    fuller = replace(WORDS, name="fuller", glyphs=glyphs)
+    with pytest.raises(ValueError, match=r"stage 'fuller': .* its own glyphs fill 30: lower their"):
+        Run(experiment(WORDS, fuller), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_state_of_a_fit_is_empty(whole):

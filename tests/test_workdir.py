@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
+from focus_jax.data.glyphs import KINDS
 from focus_jax.experiment import from_json
 from focus_jax.sharding import AXES, Layout, ShardingRules
 from focus_jax.workdir import (
@@ -156,6 +157,27 @@ def test_a_stage_may_ask_for_clutter(config):
     batches.close()
     assert 0.6 < batch["cell_filled"].mean() < 0.95
     assert batch["index"].max() < len(source)
+
+
+@pytest.mark.parametrize("clutter", [0.0, 0.5])
+def test_a_stage_may_have_scenes_of_its_own(config, clutter):
+    tokenizer, sources = glyph_tokenizer(config.data), {"": data_source(config, "train")}
+    asked, easy = config.train.stages[0], replace(config.data.glyphs, groups=1, train=5)
+    kind = "shape_of_colour"
+    easy = replace(easy, kinds=(kind,), questions=1)
+    stage = replace(asked, glyphs=easy, batch=4, questions=1, clutter=clutter)
+    batches = iter(make_train_loader(config, sources, tokenizer, stage, 0))
+    seen = [next(batches) for _ in range(4)]
+    batches.close()
+    assert {KINDS[k] for batch in seen for k in batch["kind"].ravel()} == {kind}
+    assert {i for batch in seen for i in batch["index"].tolist()} == set(range(5))
+    filled = np.concatenate([batch["cell_filled"].sum(-1) for batch in seen])
+    assert filled.max() > 2 if clutter else (filled == 2).all()
+    # The stage behind it reads the data set.
+    batches = iter(make_train_loader(config, sources, tokenizer, replace(asked, batch=8), 1))
+    batch = next(batches)
+    batches.close()
+    assert (batch["cell_filled"].sum(-1) == 4).all() and len(set(batch["index"])) == 8
 
 
 def test_evaluation_asks_each_question_in_its_own_row(config):

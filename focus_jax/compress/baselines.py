@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -18,6 +17,7 @@ from focus_jax.compress.method import (
     VisionStage,
     empty_aux,
     patch_centres,
+    uniform_draws,
 )
 from focus_jax.compress.select import (
     Selection,
@@ -79,11 +79,7 @@ class Random(VisionStage):
         return (keep_slots(dims.patches, self.keep),) * dims.tiles
 
     def apply(self, views: Views, dims: Dims, module: Any, project: Any, ctx: Context):
-        shape, draw = views.patch_valid.shape, jax.random.uniform
-        if ctx.key.ndim:  # one for each sample
-            score = jax.vmap(lambda key: draw(key, shape[1:]))(ctx.key)
-        else:
-            score = draw(ctx.key, shape)
+        score = uniform_draws(ctx.key, views.patch_valid.shape)
         count = keep_count(views.patch_valid.sum(-1), self.keep)
         selection = top_k_in_order(score, views.patch_valid, self.tile_slots(dims)[0], count)
         return [tile_tokens(views, dims, selection)], empty_aux()

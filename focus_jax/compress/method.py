@@ -82,12 +82,14 @@ class Context(NamedTuple):
     """What a run gives to samplers: a key for what is random, training progress in [0, 1].
 
     `key`: one for the batch, or at inference one for each sample [B], whose draws then do not
-    depend on the batch.
+    depend on the batch. `content`: how much each patch holds, for controls alone: no method may
+    look at it. `VLM.see` sets it, laid out as `Views`.
     """
 
     key: Array
     train: bool = False
     progress: float | Float[Array, ""] = 1.0
+    content: Float[Array, "B M N"] | None = None
 
 
 class Views(NamedTuple):
@@ -445,3 +447,14 @@ def block_key(ctx: Context, name: str) -> Array:
     """A key of its own for each named use; as many as there are in `ctx`."""
     fold = jax.vmap(jax.random.fold_in, (0, None)) if ctx.key.ndim else jax.random.fold_in
     return fold(ctx.key, crc32(name.encode()))
+
+
+def uniform_draws(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Uniform numbers in [0, 1) from one key, or from one for each sample.
+
+    With keys [B] the first axis is the samples, or the images of all samples one behind another.
+    """
+    if not key.ndim:
+        return jax.random.uniform(key, shape)
+    own = (shape[0] // key.shape[0], *shape[1:])
+    return jax.vmap(lambda one: jax.random.uniform(one, own))(key).reshape(shape)

@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from focus_jax.compress.method import Aux, Context, Cut, Dims, LayerView, block_key
+from focus_jax.compress.method import (
+    Aux,
+    Context,
+    Cut,
+    Dims,
+    LayerView,
+    block_key,
+    uniform_draws,
+)
 from focus_jax.compress.select import (
     Selection,
     keep_count,
@@ -16,7 +24,8 @@ from focus_jax.compress.select import (
     top_k_in_order,
 )
 
-Asking = Literal["last", "instruction", "starts", "raters"]
+Asking = Literal["last", "instruction", "peak", "starts", "raters"]
+Rank = Literal["most", "least", "random"]
 
 
 @dataclass(frozen=True)
@@ -25,22 +34,26 @@ class TextGuided(Cut):
 
     The paper states the idea; the rest is decided here. Score: attention probability from the
     layer's own queries and keys, reduced over heads (`heads`) and over the asking rows
-    (`queries`: the prompt's last token, or the mean over the instruction). `normalise`: the
-    softmax runs over all that a row may see, or over the visual columns alone.
+    (`queries`: the prompt's last token, the mean over the instruction, or `peak`, the most that
+    one of the instruction's tokens gives). `normalise`: the softmax runs over all that a row may
+    see, or over the visual columns alone.
     `mode` top_k keeps `keep` of the valid tokens that entered the decoder; top_p the smallest set
     with `mass` of the score, within the same slots. `train_keep` (low, high) samples the share at
     each training step; slots are then those of `high`, the mask those of the sample.
     `sharing`: a selection for each question of an image, or one from the mean of their scores.
+    `rank`: which end of the scores stays. `least` and `random` are controls of a study, which keep
+    as many: the lowest scores, or (without any score) a draw for each question and step.
     """
 
     keep: float = 0.25
-    queries: Literal["last", "instruction"] = "instruction"
+    queries: Literal["last", "instruction", "peak"] = "instruction"
     heads: Literal["mean", "max"] = "mean"
     normalise: Literal["all", "visual"] = "all"
     mode: Literal["top_k", "top_p"] = "top_k"
     mass: float = 0.9
     train_keep: tuple[float, float] | None = None
     sharing: Literal["per_question", "pooled"] = "per_question"
+    rank: Rank = "most"
     reads_attention: ClassVar[bool] = True
 
     @property
@@ -57,17 +70,18 @@ class TextGuided(Cut):
             )
         if not 0 < self.mass <= 1:
             raise ValueError(f"text-guided sampler: mass={self.mass} must be in (0, 1]")
+        if self.rank == "random" and self.mode == "top_p":
+            raise ValueError(
+                "text-guided sampler: rank=random has no scores of which top_p could count the "
+                "mass: use mode=top_k"
+            )
 
     def slots(self, entering: int, train: bool = False) -> int:
         share = self.train_keep[1] if train and self.train_keep else self.keep
         return keep_slots(entering, share)
 
     def select(self, layer: LayerView, slots: int, ctx: Context) -> tuple[Selection, Aux]:
-        score = jax.lax.stop_gradient(
-            attention_score(layer, self.queries, self.heads, self.normalise)
-        )
-        if self.shared:
-            score = score.mean(axis=1, keepdims=True)
+        score = self.score(layer, ctx)
         valid = jnp.broadcast_to(layer.visual_valid[:, None], score.shape)
         share: float | Array = self.keep
         if ctx.train and self.train_keep:
@@ -81,14 +95,28 @@ class TextGuided(Cut):
             # The row's own share, not the slots, which depend on how images were bucketed.
             metrics["text/over_budget"] = jnp.maximum(needed - count, 0).astype(jnp.float32).mean()
             count = jnp.minimum(needed, count)
-        selection = top_k_in_order(score, valid, slots, count)
+        ranked = -score if self.rank == "least" else score
+        selection = top_k_in_order(ranked, valid, slots, count)
         metrics["text/kept"] = selection.valid.sum(-1).astype(jnp.float32).mean()
         return selection, Aux({}, metrics, {"text/score": score})
+
+    def score(self, layer: LayerView, ctx: Context) -> Float[Array, "B Q V"]:
+        """Attention scores, or draws in [0, 1) for `random`; Q = 1 when shared. No gradient."""
+        if self.rank == "random":
+            questions = 1 if self.shared else layer.q.shape[1]
+            shape = (layer.q.shape[0], questions, layer.visual_valid.shape[1])
+            return uniform_draws(block_key(ctx, "rank"), shape)
+        score = jax.lax.stop_gradient(
+            attention_score(layer, self.queries, self.heads, self.normalise)
+        )
+        return score.mean(axis=1, keepdims=True) if self.shared else score
 
     def flops(
         self, dims: Dims, visual: int, text: int, width: int, kv_width: int,
         prefix: int = 0, questions: int = 1,
     ) -> float:  # fmt: skip
+        if self.rank == "random":
+            return 0.0
         columns = visual + (prefix + text if self.normalise == "all" else 0)
         return score_flops(
             dims, self.queries, columns, visual, text, width, kv_width, prefix, questions
@@ -132,10 +160,11 @@ def attention_score(
 ) -> Float[Array, "B Q V"]:
     """Attention probability that each visual token gets from a question's asking rows, fp32.
 
-    `queries` names the rows (fields of `LayerView`): their mean counts. Only text rows x columns
-    are computed, never the full map. Rows that do not ask, and samples without any, give 0.
+    `queries` names the rows (fields of `LayerView`): their mean counts; with "peak" the most that
+    one row of the instruction gives. Only text rows x columns are computed, never the full map.
+    Rows that do not ask, and samples without any, give 0.
     """
-    rows: Bool[Array, "B Q T"] = getattr(layer, queries)
+    rows: Bool[Array, "B Q T"] = layer.instruction if queries == "peak" else getattr(layer, queries)
     q, at = layer.q, jnp.broadcast_to(jnp.arange(rows.shape[-1]), rows.shape)
     if queries == "last":  # one row a question
         at = jnp.argmax(rows, axis=-1)[..., None]
@@ -156,6 +185,9 @@ def attention_score(
     if others is not None:
         total = total + jnp.exp(others - top).sum(-1, keepdims=True)
     weights = (exp / jnp.maximum(total, 1e-30)).reshape(b, qs, t, h, -1)
+    if queries == "peak":
+        each = weights.max(3) if heads == "max" else weights.mean(3)
+        return jnp.where(rows[..., None], each, 0.0).max(2)
     share = (rows / jnp.maximum(rows.sum(-1, keepdims=True), 1)).astype(jnp.float32)
     if heads == "max":
         return jnp.einsum("bqtv,bqt->bqv", weights.max(3), share)

@@ -19,11 +19,16 @@ from focus_jax.compress.method import (
     VisionStage,
     block_key,
     patch_centres,
+    uniform_draws,
 )
+from focus_jax.compress.region_controls import crowding, evenly, in_turn
 from focus_jax.compress.scales import allocate, demote_to_budget
 from focus_jax.compress.select import pack, take, take_values
 
-Gate = Literal["distortion", "measured", "switch", "straight_through"]
+Gate = Literal[
+    "distortion", "measured", "switch", "straight_through", "random", "uniform", "oracle"
+]
+CONTROLS = ("random", "uniform", "oracle")
 
 
 class Regions(NamedTuple):
@@ -74,6 +79,11 @@ class VisionGuided(VisionStage):
     expected tokens towards the budget. `min_gain`: smallest marginal loss worth a token.
     `teach`: while training, `distortion` allocates by the measured loss that its router learns to
     predict, so that an untrained router does not starve the decoder.
+    Three more gates are the controls of a study, allocated at the same budget without a router and
+    whatever `min_gain`:
+    - `random`: regions by a draw, each refined to the finest scale in its turn.
+    - `uniform`: every region alike, scale by scale; the rest evenly over the tile.
+    - `oracle`: by what the patches hold (`Context.content`), see `region_controls.crowding`.
     """
 
     region: int = 4
@@ -128,14 +138,16 @@ class VisionGuided(VisionStage):
         return self.thumbnail == "full" and dims.tiles > 1
 
     def init(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module | None:
-        if self.gate == "measured" and self.pooling != "saliency":
+        if self.gate in ("measured", *CONTROLS) and self.pooling != "saliency":
             return None
         return Router(
             dims.vision_width, self.hidden, len(self.scales), self.pooling == "saliency", rngs=rngs
         )
 
     def flops(self, dims: Dims) -> float:
-        """Router, and for `measured` the projection of every scale that it compares."""
+        """Router, or for `measured` the projection of every scale that it compares."""
+        if self.gate in CONTROLS:
+            return 0.0
         c, regions = dims.vision_width, self.regions(dims) * dims.tiles
         routed = 2.0 * regions * self.hidden * (3 * c + len(self.scales))
         if self.gate != "measured":
@@ -151,6 +163,8 @@ class VisionGuided(VisionStage):
             return [tokens], aux
         thumbnail = views_of(views, slice(0, 1))
         rest = views_of(views, slice(1, None))
+        if ctx.content is not None:
+            ctx = ctx._replace(content=ctx.content[:, 1:])
         tokens, aux = self.sample(rest, dims, module, project, ctx)
         return [tile_tokens(thumbnail, dims), tokens], aux
 
@@ -160,7 +174,7 @@ class VisionGuided(VisionStage):
         """Choose scales and pack the pooled tokens of each tile into the budget."""
         regions = to_regions(views, dims, self.region)
         pooled = [self.pool(regions, p, module) for p in self.scales]
-        choice, gate, aux = self.route(regions, pooled, module, project, ctx)
+        choice, gate, aux = self.route(regions, pooled, dims, module, project, ctx)
         tokens, full_count = self.pack(pooled, choice, gate, dims)
         counts = [(choice == s).mean() for s in range(len(self.scales))]
         metrics = {
@@ -190,10 +204,13 @@ class VisionGuided(VisionStage):
         return jnp.where(valid[..., None], out, 0).astype(x.dtype), valid
 
     def route(
-        self, regions: Regions, pooled: list, module: Any, project: Any, ctx: Context
+        self, regions: Regions, pooled: list, dims: Dims, module: Any, project: Any, ctx: Context
     ) -> tuple[Int[Array, "B M R"], Array | None, Aux]:
         """The scale of each region (-1: nothing there), a factor for its tokens, the losses."""
         available = regions.valid.any(-1)
+        if self.gate in CONTROLS:
+            loss = self.control_loss(regions, dims, ctx)
+            return allocate(loss, self.cost, self.budget, available), None, Aux({}, {}, {})
         if self.gate == "measured":
             loss = distortion(regions, pooled, self.region, self.scales, project)
             choice = allocate(loss, self.cost, self.budget, available, self.min_gain)
@@ -201,6 +218,25 @@ class VisionGuided(VisionStage):
         if self.gate == "distortion":
             return self.route_by_distortion(regions, pooled, module, project, ctx, available)
         return self.route_by_gate(regions, module, ctx, available)
+
+    def control_loss(self, regions: Regions, dims: Dims, ctx: Context) -> Float[Array, "B M R S"]:
+        """What a region loses at each scale, as a control has it. ValueError without content."""
+        shape = regions.valid.shape[:3]
+        if self.gate == "random":
+            return in_turn(1.0 - uniform_draws(block_key(ctx, "regions"), shape), self.cost)
+        if self.gate == "uniform":
+            loss = evenly(dims.rows // self.region, dims.cols // self.region, self.cost)
+            return jnp.broadcast_to(jnp.asarray(loss), (*shape, len(self.cost)))
+        if ctx.content is None:
+            raise ValueError(
+                "vision-guided sampler: gate=oracle allocates by what the patches hold, and the "
+                "inputs have no content: use batches with the tables of glyphs "
+                "(make_loader(..., glyphs=...), objectives.inputs_of), or another gate"
+            )
+        content = by_region(ctx.content[..., None], dims, self.region)
+        held = Regions(jnp.where(regions.valid[..., None], content, 0.0), regions.valid)
+        cells = [split_cells(held, self.region, p).features[..., 0] for p in self.scales]
+        return crowding([cell.sum(-1) for cell in cells], self.scales)
 
     def route_by_distortion(self, regions, pooled, module, project, ctx, available):
         guess = module(jax.lax.stop_gradient(regions))[..., :-1]
@@ -285,14 +321,16 @@ def masked_mean(x: Array, mask: Array, axes: tuple[int, ...] | None = None) -> A
 
 def to_regions(views: Views, dims: Dims, region: int) -> Regions:
     """Group a tile's patches by region, regions and patches row-major."""
-    b, m = views.patch_valid.shape[:2]
+    valid = by_region(views.patch_valid[..., None], dims, region)[..., 0]
+    return Regions(by_region(views.features, dims, region), valid)
+
+
+def by_region(x: Array, dims: Dims, region: int) -> Array:
+    """[B M N C] -> [B M R P C]."""
+    b, m = x.shape[:2]
     up, across = dims.rows // region, dims.cols // region
-
-    def group(a: Array) -> Array:
-        a = a.reshape(b, m, up, region, across, region, -1)
-        return a.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, m, up * across, region**2, -1)
-
-    return Regions(group(views.features), group(views.patch_valid)[..., 0])
+    x = x.reshape(b, m, up, region, across, region, -1)
+    return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, m, up * across, region**2, -1)
 
 
 def split_cells(regions: Regions, region: int, side: int) -> Regions:

@@ -85,10 +85,11 @@ class BatchMaker:
         }
         if self._words is not None:
             arrays |= {
-                "cell_words": np.zeros((b, patches, 3), np.int32),
+                "cell_words": np.zeros((b, patches, self._words.count), np.int32),
                 "cell_filled": np.zeros((b, patches), bool),
                 "glyph": np.zeros((b, patches), np.int32),
                 "colour": np.zeros((b, patches), np.int32),
+                "evidence": np.zeros((b, q, patches), bool),
             }
         return arrays
 
@@ -120,6 +121,9 @@ class BatchMaker:
             arrays["question"][place, slot] = number
             if "kind" in record:
                 arrays["kind"][place, slot] = record["kind"][number]
+            if "evidence" in arrays:
+                cells = record["evidence"][number]
+                arrays["evidence"][place, slot, cells[cells >= 0]] = True
         arrays["prefix"][place, : len(text.prefix)] = text.prefix
         arrays["prefix_valid"][place, : len(text.prefix)] = True
 
@@ -150,6 +154,12 @@ class _CellTables:
         self._colour = np.array(token_ids(tokenizer, words.colour), np.int32)
         self._glyph = np.array(token_ids(tokenizer, words.glyph), np.int32)
         self._place = np.array(token_ids(tokenizer, words.place), np.int32)
+        self._card = np.array(token_ids(tokenizer, words.card), np.int32)
+
+    @property
+    def count(self) -> int:
+        """Words of a cell."""
+        return 3 + bool(len(self._card))
 
     def put(self, arrays: Batch, place: int, record: Record) -> None:
         glyph, colour = record["glyph"], record["colour"]
@@ -157,6 +167,8 @@ class _CellTables:
         words[:, 0] = self._colour[colour]
         words[:, 1] = self._glyph[glyph]
         words[:, 2] = self._place
+        if len(self._card):
+            words[:, 3] = self._card[record["card"]]
         arrays["cell_filled"][place] = glyph > 0
         arrays["glyph"][place] = glyph
         arrays["colour"][place] = colour

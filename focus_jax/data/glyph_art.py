@@ -32,6 +32,16 @@ COLOURS = {
     "pink": (246, 120, 176),
 }
 
+# Grounds of the cards that hold what stands together.
+CARDS = {
+    "slate": (64, 76, 92),
+    "olive": (92, 90, 36),
+    "navy": (32, 40, 108),
+    "brown": (104, 64, 36),
+    "wine": (100, 28, 56),
+    "moss": (36, 88, 48),
+}
+
 # The smallest cell that holds a bitmap of 7 x 7 with a pixel to spare.
 MIN_CELL = 8
 
@@ -101,13 +111,18 @@ def paint(
     cell: int,
     jitter: int = 1,
     light: float = 0.5,
+    card: UInt8[np.ndarray, "G G"] | None = None,
 ) -> UInt8[np.ndarray, "S S 3"]:
-    """Draw a grid of labels (0 = empty, else 1 + index) as an RGB image.
+    """Draw a grid of labels (0 = empty, else 1 + index) as an RGB image; `card`: grounds of cells.
 
     Each glyph stays inside its own cell, up to `jitter` bitmap pixels off the centre; the ground is
     light with chance `light`.
     """
     image = background(rng, glyph.shape[0] * cell, light)
+    if card is not None:
+        tints = np.array([(0, 0, 0), *CARDS.values()], np.uint8)[card]
+        whole = lambda a: a.repeat(cell, axis=0).repeat(cell, axis=1)  # noqa: E731
+        image = np.where(whole(card > 0)[..., None], whole(tints), image)
     filled = np.argwhere(glyph)
     offsets = rng.integers(-jitter, jitter + 1, size=(len(filled), 2)).tolist()
     step = cell // MIN_CELL

@@ -1,12 +1,12 @@
 """Where the glyphs of one image lie: groups of one colour, placed without overlap."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
 
-from focus_jax.data.glyph_art import GLYPHS, LETTERS, SHAPES
+from focus_jax.data.glyph_art import CARDS, GLYPHS, LETTERS, SHAPES
 from focus_jax.data.glyph_config import GlyphsConfig
 
 Cell = tuple[int, int]
@@ -29,6 +29,17 @@ class Group:
     letter: str = ""
     letter_at: Cell | None = None
 
+    @property
+    def number_cells(self) -> tuple[Cell, ...]:
+        """The cells of its digits."""
+        row, col = self.number_at
+        return tuple((row, col + place) for place in range(len(self.number)))
+
+    @property
+    def letter_cells(self) -> tuple[Cell, ...]:
+        """The cell of its letter, if it has one."""
+        return () if self.letter_at is None else (self.letter_at,)
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -37,6 +48,8 @@ class Scene:
     groups: tuple[Group, ...]
     glyph: UInt8[np.ndarray, "G G"]
     colour: UInt8[np.ndarray, "G G"]
+    card: UInt8[np.ndarray, "G G"]
+    spare: tuple[tuple[Cell, str, str], ...] = ()  # (cell, colour, letter) of what is counted
 
 
 def make_scene(config: GlyphsConfig, rng: np.random.Generator) -> Scene:
@@ -48,14 +61,17 @@ def make_scene(config: GlyphsConfig, rng: np.random.Generator) -> Scene:
     if config.letters:
         letters = [LETTERS[i] for i in rng.permutation(len(LETTERS))[:n].tolist()]
     numbers = _numbers(config, rng)
-    shape_at, number_at, letter_at = _places(config, rng)
+    board = _Board(config, rng)
+    shape_at, number_at, letter_at = _places(config, rng, board)
     groups = tuple(
         Group(*parts)
         for parts in zip(
             colours, numbers, number_at, shapes, shape_at, letters, letter_at, strict=True
         )
     )
-    return _label(config, groups)
+    spare = tuple(_spare(config, rng, board, colours))
+    tints = rng.permutation(len(CARDS))[: len(board.cards)] if config.cards else ()
+    return _label(config, groups, spare, dict(zip(tints, board.cards, strict=True)))
 
 
 def quadrant(cell: Cell, grid: int) -> str:
@@ -65,15 +81,35 @@ def quadrant(cell: Cell, grid: int) -> str:
 
 
 def stacked(scene: Scene) -> list[tuple[Group, Group]]:
-    """Pairs (lower, upper): the upper group's shape lies directly above the lower one's shape."""
+    """Pairs (lower, upper): the upper group's shape lies directly above the lower one's shape.
+
+    Where there are cards, only pairs that share one: what belongs together can be seen.
+    """
     by_cell = {group.shape_at: group for group in scene.groups}
     pairs = []
     for lower in scene.groups:
         row, col = lower.shape_at
         upper = by_cell.get((row - 1, col))
-        if upper is not None:
+        if upper is not None and _together(scene, lower.shape_at, upper.shape_at):
             pairs.append((lower, upper))
     return pairs
+
+
+def beside(scene: Scene) -> list[tuple[Group, Group]]:
+    """Pairs (right, left): the left group's number ends directly left of the right one's shape.
+
+    Where there are cards, only pairs that share one.
+    """
+    ends = {(g.number_at[0], g.number_at[1] + len(g.number)): g for g in scene.groups}
+    pairs = [(group, ends[group.shape_at]) for group in scene.groups if group.shape_at in ends]
+    return [
+        (right, left) for right, left in pairs if _together(scene, right.shape_at, left.number_at)
+    ]
+
+
+def _together(scene: Scene, a: Cell, b: Cell) -> bool:
+    """Whether two cells share a card, or there are none."""
+    return not scene.card.any() or scene.card[a] == scene.card[b] > 0
 
 
 def _numbers(config: GlyphsConfig, rng: np.random.Generator) -> list[str]:
@@ -88,21 +124,41 @@ def _numbers(config: GlyphsConfig, rng: np.random.Generator) -> list[str]:
 
 
 def _places(
-    config: GlyphsConfig, rng: np.random.Generator
+    config: GlyphsConfig, rng: np.random.Generator, board: "_Board"
 ) -> tuple[list[Cell], list[Cell], Sequence[Cell | None]]:
-    """Cells of the shapes, the numbers and the letters, group by group."""
-    board = _Board(config, rng)
-    n = config.groups
+    """Cells of the shapes, the numbers and the letters, group by group.
+
+    Groups come in random order, so pairing them in order is fair: the first shapes are stacked in
+    pairs, and with `beside` the last half has another group's number on its left.
+    """
+    n, before = config.groups, config.digits
+    alone = n // 2 if config.beside else n
+    stacked = (alone - alone % 2) * (config.max_hops == 3)
     shape_at: list[Cell] = []
-    if config.max_hops == 3:
-        # Groups come in random order, so pairing them in order is fair.
-        for _ in range(n // 2):
-            row, col = board.place(height=2, width=1)
-            shape_at += [(row, col), (row + 1, col)]
-    number_at = [board.place(height=1, width=config.digits) for _ in range(n)]
-    shape_at += [board.place(1, 1) for _ in range(n - len(shape_at))]
+    number_at: list[Cell | None] = [None] * n
+    for _ in range(stacked // 2):
+        row, col = board.place(height=2, width=1, card=True)
+        shape_at += [(row, col), (row + 1, col)]
+    if config.beside:
+        shift = int(rng.integers(1, n))
+        pairs = [board.place(1, before + 1, card=True) for _ in range(n - alone)]
+        for i, (row, col) in enumerate(pairs):
+            number_at[(alone + i + shift) % n] = (row, col)
+    numbers = [at or board.place(height=1, width=before) for at in number_at]
+    shape_at += [board.place(1, 1) for _ in range(alone - stacked)]
+    if config.beside:
+        shape_at += [(row, col + before) for row, col in pairs]
     letter_at = [board.place(1, 1) if config.letters else None for _ in range(n)]
-    return shape_at, number_at, letter_at
+    return shape_at, numbers, letter_at
+
+
+def _spare(
+    config: GlyphsConfig, rng: np.random.Generator, board: "_Board", colours: Sequence[str]
+) -> Iterator[tuple[Cell, str, str]]:
+    """0 to `tally` letters more of each colour, at (cell, colour, letter): they may repeat."""
+    for colour in colours if config.tally else ():
+        for _ in range(int(rng.integers(0, config.tally + 1))):
+            yield board.place(1, 1), colour, LETTERS[int(rng.integers(len(LETTERS)))]
 
 
 class _Board:
@@ -110,11 +166,20 @@ class _Board:
 
     def __init__(self, config: GlyphsConfig, rng: np.random.Generator):
         self._grid = config.grid
-        self._dense = config.dense
+        self._dense, self._cards = config.dense, config.cards
         self._rng = rng
         self._taken: dict[Cell, None] = {}
+        self.cards: list[list[Cell]] = []
 
-    def place(self, height: int, width: int) -> Cell:
+    def place(self, height: int, width: int, card: bool = False) -> Cell:
+        """The first cell of a free place, which is taken; `card`: its cells lie on one card."""
+        row, col = self._place(height, width)
+        if card and self._cards:
+            cells = [(row + i, col + j) for i in range(height) for j in range(width)]
+            self.cards.append(cells)
+        return row, col
+
+    def _place(self, height: int, width: int) -> Cell:
         if self._dense and self._taken and self._rng.random() < self._dense:
             cell = self._beside(height, width)
             if cell is not None:
@@ -157,17 +222,26 @@ class _Board:
         return True
 
 
-def _label(config: GlyphsConfig, groups: tuple[Group, ...]) -> Scene:
+def _label(
+    config: GlyphsConfig,
+    groups: tuple[Group, ...],
+    spare: tuple[tuple[Cell, str, str], ...],
+    cards: Mapping[int, Sequence[Cell]],
+) -> Scene:
     glyph = np.zeros((config.grid, config.grid), np.uint8)
     colour = np.zeros((config.grid, config.grid), np.uint8)
     for group in groups:
         code = 1 + config.colours.index(group.colour)
-        row, col = group.number_at
-        marks = [((row, col + place), digit) for place, digit in enumerate(group.number)]
+        marks = list(zip(group.number_cells, group.number, strict=True))
         marks.append((group.shape_at, group.shape))
-        if group.letter_at is not None:
-            marks.append((group.letter_at, group.letter))
+        marks += [(cell, group.letter) for cell in group.letter_cells]
         for cell, name in marks:
             glyph[cell] = _CODE[name]
             colour[cell] = code
-    return Scene(groups, glyph, colour)
+    for cell, name, letter in spare:
+        glyph[cell], colour[cell] = _CODE[letter], 1 + config.colours.index(name)
+    card = np.zeros((config.grid, config.grid), np.uint8)
+    for tint, cells in cards.items():
+        for cell in cells:
+            card[cell] = 1 + tint
+    return Scene(groups, glyph, colour, card, spare)

@@ -40,6 +40,7 @@ def make_loader(
     config: LoaderConfig,
     train: bool,
     glyphs: GlyphsConfig | None = None,
+    answers: bool | None = None,
 ) -> "Loader":
     """A loader of batches with static shapes (B images, Q questions, N patches).
 
@@ -47,14 +48,15 @@ def make_loader(
     pixels uint8 [B, 1, S, S, 3]; patch_valid [B, 1, N]; tile_origin [B, 1, 2];
     prefix, prefix_valid [B, P]; tokens, token_valid, label_mask, query_mask [B, Q, T], padded on
     the right; row_valid, question, kind [B, Q]; index [B], the position in the source. With
-    `glyphs` also cell_words [B, N, 3] (ids of colour, glyph, place), cell_filled, glyph,
-    colour [B, N]. Rows that only fill the last batch repeat a real one: index, question and kind
-    are -1, row_valid is False.
+    `glyphs` also cell_words [B, N, 3 or 4] (ids of colour, glyph, place, card), cell_filled, glyph,
+    colour [B, N], evidence [B, Q, N] (cells that a question is about). Rows that only fill the last
+    batch repeat a real one: index, question and kind are -1, row_valid is False. `answers`: whether
+    texts hold their answers, label_mask over them (None: in training alone).
 
     Raises ValueError for an empty source, a batch larger than the source, sizes that do not match
     `glyphs`; while iterating, when this process meets too many corrupt images.
     """
-    return Loader(source, tokenizer, template, config, train, glyphs)
+    return Loader(source, tokenizer, template, config, train, glyphs, answers)
 
 
 class Loader:
@@ -68,6 +70,7 @@ class Loader:
         config: LoaderConfig,
         train: bool,
         glyphs: GlyphsConfig | None,
+        answers: bool | None = None,
     ):
         if len(source) == 0:
             raise ValueError("loader: the source holds no examples: check its path and split")
@@ -87,7 +90,8 @@ class Loader:
             config.patch,
         )
         self._record = lru_cache(_RECORDS)(source.__getitem__)
-        self._make = BatchMaker(tokenizer, template, shape, train, glyphs)
+        told = train if answers is None else answers
+        self._make = BatchMaker(tokenizer, template, shape, told, glyphs)
 
     @property
     def steps_per_epoch(self) -> int:

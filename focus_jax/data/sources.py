@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
@@ -23,7 +23,10 @@ from focus_jax.data.images import encode_png
 
 
 class Record(TypedDict):
-    """One image with its questions; `kind` indexes `KINDS`, labels are per cell."""
+    """One image with its questions; `kind` indexes `KINDS`, labels are per cell.
+
+    `evidence` [Q, E]: the cells that each question is about, -1 where they are fewer.
+    """
 
     index: int
     image: bytes
@@ -33,6 +36,8 @@ class Record(TypedDict):
     hops: np.ndarray
     glyph: np.ndarray
     colour: np.ndarray
+    card: np.ndarray
+    evidence: np.ndarray
 
 
 class Source(Protocol):
@@ -85,6 +90,10 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
                     "hops": per_question,
                     "glyph": labels,
                     "colour": labels,
+                    "card": labels,
+                    "evidence": tfds.features.Tensor(
+                        shape=(glyphs.questions, glyphs.most_cells), dtype=np.int16
+                    ),
                 }
             ),
             # Index order on disk: record i of a split is example i, and nothing is sorted.
@@ -122,6 +131,8 @@ class GlyphsSource:
             hops=row["hops"],
             glyph=row["glyph"],
             colour=row["colour"],
+            card=row["card"],
+            evidence=row["evidence"],
         )
 
 
@@ -155,7 +166,17 @@ def make_record(config: GlyphsConfig, stream: int, index: int) -> Record:
         hops=np.array([HOPS[q["kind"]] for q in questions], np.uint8),
         glyph=example["glyph"],
         colour=example["colour"],
+        card=example["card"],
+        evidence=_padded([q["cells"] for q in questions], config.most_cells),
     )
+
+
+def _padded(cells: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """Lists of cells as rows of one array, filled up with -1."""
+    out = np.full((len(cells), width), -1, np.int16)
+    for row, own in zip(out, cells, strict=True):
+        row[: len(own)] = own
+    return out
 
 
 def prepare(

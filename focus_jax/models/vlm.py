@@ -56,7 +56,8 @@ class Inputs(NamedTuple):
     that belong to the unpadded grid; without it, those with a valid patch. `image_at`: I images in
     one prompt, each with M / I tiles, at rising places: how many of the question's tokens (Q = 1)
     stand before each. A sample with fewer images has no valid patch in the others. M = 0 is text
-    alone, with I = 0.
+    alone, with I = 0. `content`: how much each patch holds (1 for a glyph, 0 for none), which the
+    controls of a study may look at and no method does.
     """
 
     pixels: UInt8[Array, "B M S S 3"]
@@ -70,6 +71,7 @@ class Inputs(NamedTuple):
     label: Bool[Array, "B Q T"]
     row_valid: Bool[Array, "B M R"] | None = None
     image_at: Int[Array, "B I"] | None = None
+    content: Float[Array, "B M N"] | None = None
 
 
 class StageCache(NamedTuple):
@@ -185,9 +187,11 @@ class VLM(nnx.Module):
         views = self.look(inputs)
         dims = dims_of(self.cfg, views.features.shape[1])
         module = self.samplers.get("vision")
-        groups, aux = stage.apply(
-            views, dims, module, self.projector, ctx._replace(key=block_key(ctx, "vision"))
-        )
+        content = inputs.content
+        if content is not None:
+            content = content.reshape(views.patch_valid.shape)
+        ctx = ctx._replace(key=block_key(ctx, "vision"), content=content)
+        groups, aux = stage.apply(views, dims, module, self.projector, ctx)
         tokens = stitch(groups, views, dims, stage.band(dims), stage.tile_newline)
         features = self.projector(tokens.features)
         if self.image_newline is not None:

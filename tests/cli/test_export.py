@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from focus_jax import hf
+from focus_jax import hf, hf_decoder
 from focus_jax.checkpoint import load_params
 from focus_jax.cli.export import main
 from focus_jax.cli.train import main as train
@@ -16,8 +16,11 @@ from focus_jax.config import LoraConfig
 from focus_jax.data.tokenizer import load_tokenizer
 from focus_jax.evaluate.runner import read_run
 from focus_jax.methods import method_from_json
-from focus_jax.models.params import with_method
+from focus_jax.models.attention import Rows
+from focus_jax.models.params import is_sampler, with_method
+from focus_jax.training import Run
 from tests.models.tiny_models import logits, random_inputs
+from tests.quick import compiled
 
 TUNED = [
     "--model.lora.rank", "2", "--model.lora.alpha", "6", "--train.stages.0.learning-rate", "0.05",
@@ -38,6 +41,16 @@ def assert_grown(found, tree):
         np.testing.assert_array_equal(np.asarray(found[name])[part], leaf, err_msg=name)
         if name not in ("decoder.embed.embedding", "decoder.head.kernel"):
             assert found[name].shape == leaf.shape
+
+
+def changed(model, **fields):
+    return replace(model, decoder=replace(model.decoder, **fields))
+
+
+def assert_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, leaf in wanted.items():
+        np.testing.assert_array_equal(found[name], leaf, err_msg=name)
 
 
 def test_a_run_is_written_with_its_method(micro, tmp_path, capsys):
@@ -62,6 +75,73 @@ def test_a_run_is_written_with_its_method(micro, tmp_path, capsys):
     tree = hf.read(tmp_path / "out", param_dtype="bfloat16")[1]
     assert not any(name.startswith("samplers.") for name in tree)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_decoder_alone(micro, tmp_path, capsys):
+    out = tmp_path / "out"
+    code, said = exported(capsys, micro.workdir, out, "--part", "decoder")
+    assert code == 0 and said.out == f"wrote the decoder of step 2 of {micro.workdir} to {out}\n"
+    run = read_run(micro.workdir)
+    assert load_tokenizer(out).get_vocab() == run.tokenizer.get_vocab()
+    stored = json.loads((out / "config.json").read_text())
+    assert stored["model_type"] == "llama" and stored["vocab_size"] == len(run.tokenizer)
+    stored = {key: stored[f"{key}_token_id"] for key in ("bos", "eos", "pad")}
+    assert stored == {key: getattr(run.tokenizer, f"{key}_token_id") for key in stored}
+
+    decoder = {name: leaf for name, leaf in run.tree.items() if name.startswith("decoder.")}
+    assert_equal(hf_decoder.read(out)[1], decoder)
+    again = ("--part", "decoder", "--overwrite", "--dtype", "bfloat16")
+    assert exported(capsys, micro.workdir, out, *again)[0] == 0
+    assert_equal(
+        hf_decoder.read(out)[1], {n: leaf.astype(jnp.bfloat16) for n, leaf in decoder.items()}
+    )
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_a_decoder_alone(micro, tmp_path, capsys):
+    """Its decoder is the other's, tower, projector and samplers those of a run from nothing."""
+    assert exported(capsys, micro.workdir, tmp_path / "out", "--part", "decoder")[0] == 0
+    run = read_run(micro.workdir)
+    train_config = replace(run.config.train, seed=5)
+    nothing = Run(replace(run.config, train=train_config), tmp_path / "nothing").first_tree()
+    train_config = replace(train_config, init_from=f"decoder={tmp_path / 'out'}")
+    config = replace(run.config, train=train_config)
+    config = replace(config, model=changed(config.model, vocab_size=7))  # the tokenizer settles it
+    found = Run(config, tmp_path / "again").first_tree()
+    decoder = {name: leaf for name, leaf in run.tree.items() if name.startswith("decoder.")}
+    assert_equal(found, nothing | decoder)
+    assert any(map(is_sampler, found))
+    with pytest.raises(ValueError, match=r"model\.decoder\.width 16, the config 24: set --model"):
+        Run(replace(config, model=changed(config.model, width=24)), tmp_path / "other")
+
+
+@pytest.mark.parametrize("flag", ["--method=full", "--source=llava"])
+def test_a_decoder_has_no_method(tmp_path, capsys, flag):
+    code, said = exported(capsys, tmp_path, tmp_path / "out", "--part", "decoder", flag)
+    assert code == 1 and f"{flag.partition('=')[0]} goes with a whole model" in said.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_torch_agrees_on_a_decoder_alone(micro, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    assert exported(capsys, micro.workdir, tmp_path / "out", "--part", "decoder")[0] == 0
+    run = read_run(micro.workdir)
+    tokens = np.random.default_rng(0).integers(0, len(run.tokenizer), (2, 7))
+
+    @compiled
+    def scores(decoder, tokens):
+        position = jnp.broadcast_to(jnp.arange(7), (2, 7))
+        hidden = decoder.run(0, decoder.embed(tokens), position, Rows(jnp.full((2,), 7), None))[0]
+        return decoder.logits(hidden)
+
+    ours = scores(run.model(full()).decoder, jnp.asarray(tokens))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        wanted = theirs(input_ids=torch.from_numpy(tokens)).logits.numpy()
+    assert abs(wanted).max() > 0.1
+    np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5)
 
 
 def test_what_transformers_does_not_have_is_refused(micro, tmp_path, capsys, monkeypatch):

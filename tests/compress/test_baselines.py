@@ -73,6 +73,37 @@ def test_a_key_for_each_sample_draws_whatever_stands_beside_it():
     assert (both[0] != both[1]).any()
 
 
+def kept_cells(d, views, keys):
+    """Which patches `Random` keeps, for each tile: sets of their numbers."""
+    [tokens], _ = Random(0.3).apply(views, d, None, identity, RUN._replace(key=keys))
+    cells = (np.asarray(tokens.centre) @ [d.cols, 1]).astype(int)
+    return [
+        [set(row[ok]) for row, ok in zip(*tile, strict=True)]
+        for tile in zip(cells, np.asarray(tokens.valid), strict=True)
+    ]
+
+
+def test_with_one_image_a_prompt_each_key_draws_for_its_own():
+    d = dims(3)
+    views, keys = random_views(d, padded=0.3), jax.random.split(jax.random.key(7), 2)
+    for key, valid, kept in zip(
+        keys, np.asarray(views.patch_valid), kept_cells(d, views, keys), strict=True
+    ):
+        score = np.where(valid, jax.random.uniform(key, valid.shape), -1)
+        for tile, (row, ok) in enumerate(zip(score, valid, strict=True)):
+            best = np.argsort(-row)[: int(np.ceil(0.3 * ok.sum()))]
+            assert kept[tile] == set(best.tolist())
+
+
+def test_several_images_a_prompt_share_a_key_and_no_draw():
+    d = dims(1)
+    views, keys = random_views(d, batch=4), jax.random.split(jax.random.key(7), 2)
+    kept = kept_cells(d, views, keys)  # images 0, 1 of the first prompt, 2, 3 of the second
+    assert len({frozenset(image) for [image] in kept}) == 4
+    alone = kept_cells(d, jax.tree.map(lambda x: x[2:], views), keys[1:])
+    assert alone == kept[2:]
+
+
 @pytest.mark.parametrize("stage", [Random(0.3), Uniform(0.3)])
 def test_a_share_in_raster_order(stage):
     d = dims(3)

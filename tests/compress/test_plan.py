@@ -47,6 +47,8 @@ SMALL = replace(
 )
 CONV = replace(SMALL, vision=replace(SMALL.vision, stem="conv", feature_layer=-1))
 BOTH = focusllava(VisionGuided(budget=100), TextGuided(layer=3))
+PEAK = focusllava(VisionGuided(budget=100, gate="uniform"), TextGuided(layer=2, queries="peak"))
+DRAWN = focusllava(VisionGuided(budget=100, gate="random"), TextGuided(layer=2, rank="random"))
 MEASURED = focusllava(
     VisionGuided(budget=100, gate="measured"), TextGuided(layer=2, queries="last")
 )
@@ -110,6 +112,8 @@ def test_blocks_meet_the_keys_up_to_their_end(rows):
         (BASE, MEASURED, 8, 3, 40),
         (SMALL, full(), 4, 2, 40),
         (SMALL, TWICE, 8, 2, 64),
+        (TINY, PEAK, 8, 1, 24),
+        (TINY, DRAWN, 8, 1, 24),
         (CONV, full(), 4, 1, 16),
     ],
 )

@@ -48,7 +48,7 @@ def layer() -> LayerView:
 
 
 def slow_score(layer: LayerView, queries: str, heads: str, normalise: str) -> np.ndarray:
-    """Column means of the full softmax map over prefix, visual tokens and one question."""
+    """Column means (or peaks) of the full softmax map over prefix, visual tokens, one question."""
     layer = LayerView(*(np.asarray(a, np.float64 if a.dtype == float else None) for a in layer))
     out = np.zeros((B, Q, V))
     for b, q in np.ndindex(B, Q):
@@ -58,7 +58,7 @@ def slow_score(layer: LayerView, queries: str, heads: str, normalise: str) -> np
         )
         if normalise == "visual":
             valid[:P] = valid[P + V :] = False
-        asking = getattr(layer, queries)[b, q]
+        asking = (layer.instruction if queries == "peak" else getattr(layer, queries))[b, q]
         rows = []
         for t in np.flatnonzero(asking):
             allowed = valid & (np.arange(P + V + T) <= P + V + t)
@@ -69,14 +69,15 @@ def slow_score(layer: LayerView, queries: str, heads: str, normalise: str) -> np
                 weights[h, allowed] = np.exp(logits) / np.exp(logits).sum()
             rows.append(weights.mean(0) if heads == "mean" else weights.max(0))
         if rows:
-            out[b, q] = np.mean(rows, axis=0)[P : P + V]
+            reduce = np.max if queries == "peak" else np.mean
+            out[b, q] = reduce(rows, axis=0)[P : P + V]
     return out
 
 
 @pytest.mark.parametrize(
     ("queries", "heads", "normalise"),
     [
-        *product(["last", "instruction"], ["mean", "max"], ["all", "visual"]),
+        *product(["last", "instruction", "peak"], ["mean", "max"], ["all", "visual"]),
         ("starts", "mean", "all"),
         ("raters", "mean", "all"),
     ],

@@ -149,6 +149,7 @@ def test_shapes_and_types_are_static(load):
                 "cell_filled": ("bool", b, 16),
                 "glyph": ("int32", b, 16),
                 "colour": ("int32", b, 16),
+                "evidence": ("bool", b, q, 16),
             }
 
 
@@ -163,6 +164,37 @@ def test_cells_are_described_in_words(load, records, tokenizer):
             found = tokenizer.convert_ids_to_tokens(batch["cell_words"][b, cell].tolist())
             assert found == expected
             assert batch["cell_filled"][b, cell] == (glyph > 0) == (found[1] != "empty")
+
+
+def test_cells_on_cards_have_a_fourth_word_and_questions_their_cells(tokenizer):
+    glyphs = replace(GLYPHS, beside=True, cards=True)
+    tokenizer = build_tokenizer([], vocabulary(glyphs), ("USER:", "ASSISTANT:"))
+    source = FreshSource(glyphs, 0, 8)
+    told = set()
+    for batch in make_loader(source, tokenizer, BRIEF, CONFIG, True, glyphs):
+        assert batch["cell_words"].shape == (4, 16, 4)
+        for b, index in enumerate(batch["index"].tolist()):
+            record = source[index]
+            found = tokenizer.convert_ids_to_tokens(batch["cell_words"][b, :, 3].tolist())
+            assert found == [cell_words(glyphs).card[card] for card in record["card"]]
+            told |= set(found)
+            for q, number in enumerate(batch["question"][b].tolist()):
+                about = record["evidence"][number]
+                assert set(np.flatnonzero(batch["evidence"][b, q])) == set(about[about >= 0])
+                # Cells that a question of this small scene is about hold something.
+                assert batch["cell_filled"][b][batch["evidence"][b, q]].all()
+    assert len(told) > 2
+
+
+def test_evaluation_may_hold_its_answers(records, tokenizer):
+    rows = Records(records)
+    loader = make_loader(rows, tokenizer, BRIEF, CONFIG, False, GLYPHS, answers=True)
+    for batch in loader:
+        for b, asked in enumerate(loader.gold(batch)):
+            for q, gold in enumerate(asked):
+                if gold is not None:
+                    label = read(tokenizer, batch["tokens"][b, q], batch["label_mask"][b, q])
+                    assert label == f"{spaced(gold.answer)} </s>"
 
 
 def test_evaluation_asks_everything_once_in_order(load, records, tokenizer):

@@ -12,7 +12,7 @@ from focus_jax.data.glyphs import KINDS, GlyphsConfig, make_example, split_seed
 from focus_jax.data.images import decode
 from focus_jax.data.sources import FreshSource, Glyphs, prepare, source
 
-SMALL = GlyphsConfig(train=12, validation=4, test=5)
+SMALL = GlyphsConfig(train=12, validation=4, test=5, beside=True, cards=True, tally=2)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def data_dir(tmp_path_factory):
 
 def assert_same(record, example):
     np.testing.assert_array_equal(decode(record["image"]), example["image"])
-    for name in ("glyph", "colour"):
+    for name in ("glyph", "colour", "card"):
         np.testing.assert_array_equal(record[name], example[name])
         assert record[name].dtype == np.uint8
     asked = example["questions"]
@@ -33,6 +33,10 @@ def assert_same(record, example):
     assert record["answer"] == tuple(q["answer"] for q in asked)
     assert [KINDS[k] for k in record["kind"]] == [q["kind"] for q in asked]
     assert record["hops"].tolist() == [q["hops"] for q in asked]
+    assert record["evidence"].shape == (len(asked), SMALL.most_cells)
+    assert [row[row >= 0].tolist() for row in record["evidence"]] == [
+        list(q["cells"]) for q in asked
+    ]
 
 
 @pytest.mark.parametrize(("split", "size"), [("train", 12), ("validation", 4), ("test", 5)])

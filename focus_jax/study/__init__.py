@@ -1,0 +1,1 @@
+"""The study: what each part of FocusLLaVA brings, beside the control that could refute it."""
