@@ -7,6 +7,7 @@ import pytest
 
 from focus_jax import throughput
 from focus_jax.compress.baselines import full
+from focus_jax.objectives import WORD_SLOTS
 from focus_jax.sharding import make_layout
 from focus_jax.throughput import Load, Pace, load_of, mean_load, memory_of
 from tests.micro import get_config
@@ -83,7 +84,7 @@ def test_scenes_in_words_have_tokens_but_no_known_operations(layout):
     cfg = get_config()
     stage = replace(cfg.train.stages[0], objective="words", batch=4, questions=2)
     load = load_of(cfg, stage, full(), layout)
-    assert load.tokens == 4 * (2 + 16 + 2 * 11) and load.flops is None
+    assert load.tokens == 4 * (2 + WORD_SLOTS + 2 * 11) and load.flops is None
 
 
 def test_a_device_without_a_published_peak_has_no_mfu(layout, monkeypatch):

@@ -30,6 +30,11 @@ TITLES = {
 PICTURED = {3: ("placement",), 4: ("placement",), 6: ("routing",), 2: ("slots",), 8: ("time",)}
 
 
+LANGUAGE = """The language model was pre-trained once (`configs/glyphs_language.py`) and is shared
+by all seeds: a seed is of the images and their order, and of the tower, the projector, the router
+and the joint training."""
+
+
 def page(r: Results, command: str, pictures: dict[str, Path]) -> str:
     """The whole page; `pictures` by the names of `TITLES`, as the page shall name them."""
     found = claims(r)
@@ -57,6 +62,7 @@ def intro(r: Results) -> str:
     aside = f" (on validation the best one is {best})" if best is not None else ""
     asks = r.chosen.get("queries")
     chosen = f" (`{asks}`)" if asks else ""
+    language = LANGUAGE if r.size == "cpu" else "Each trains its own language model."
     return f"""# What each part of FocusLLaVA brings, with controls
 
 Each claim stands beside the control that could refute it. Verdicts are computed from the data by
@@ -64,9 +70,7 @@ the rule that is printed with them: nobody wrote them. Size `{r.size}`: {r.kind.
 about {r.images} images of the test split in all, {r.patches} patches an image, {r.layers} decoder
 layers, on {r.device}. A question counts as right if greedy decoding would say the whole answer.
 
-Seeds {seeds}. The language model was pre-trained once (`configs/glyphs_language.py`) and is shared
-by all seeds: a seed is of the images and their order, and of the tower, the projector, the router
-and the joint training. All arms of a seed start from the same base and take equally many steps in
+Seeds {seeds}. {language} All arms of a seed start from the same base and take equally many steps in
 the last stage; arms with a router to train had the alignment stage, of the router alone, before it,
 but for one that tests its absence.
 

@@ -4,7 +4,6 @@ import os
 import shlex
 import subprocess
 from collections.abc import Sequence
-from functools import partial
 
 
 def at_once(commands: Sequence[Sequence[str]], jobs: int) -> None:
@@ -16,11 +15,12 @@ def at_once(commands: Sequence[Sequence[str]], jobs: int) -> None:
     shares = [cores[i::jobs] or cores for i in range(jobs)]
     for first in range(0, len(commands), jobs):
         asked = commands[first : first + jobs]
-        running = [
-            subprocess.Popen(command, preexec_fn=partial(os.sched_setaffinity, 0, share))
-            for command, share in zip(asked, shares, strict=False)
-        ]
+        running: list[subprocess.Popen] = []
         try:
+            for command, share in zip(asked, shares, strict=False):
+                running.append(subprocess.Popen(command))
+                # Before it counts its cores: an interpreter takes longer to start than this.
+                os.sched_setaffinity(running[-1].pid, share)
             for command, process in zip(asked, running, strict=True):
                 if process.wait():
                     raise ChildProcessError(

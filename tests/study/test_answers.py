@@ -16,7 +16,14 @@ from focus_jax.workdir import data_source
 QUESTIONS = 4
 
 
-@pytest.mark.parametrize("method", ["full", "focusllava:vision.gate=measured", "text_only"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("full", marks=pytest.mark.slow),
+        "focusllava:vision.gate=measured",
+        pytest.param("text_only", marks=pytest.mark.slow),
+    ],
+)
 def test_right_exactly_where_generation_is(fitted, batches, method, tmp_path):
     path = tmp_path / "answers.jsonl"
     evaluate(fitted, method, "test", batch=4, out=path)
