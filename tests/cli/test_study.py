@@ -157,7 +157,10 @@ def test_wrong_flags(program, capsys):
 
 
 def test_processes_run_at_once_and_share_the_cores(tmp_path):
-    code = "import os, sys, time; time.sleep(1); open(sys.argv[1], 'w').write(str(sorted(os.sched_getaffinity(0))))"
+    code = (
+        "import os, sys, time; time.sleep(1); "
+        "open(sys.argv[1], 'w').write(str(sorted(os.sched_getaffinity(0))))"
+    )
     files = [tmp_path / str(number) for number in range(3)]
     at_once([(sys.executable, "-c", code, str(file)) for file in files], 2)
     first, second, third = (set(json.loads(file.read_text())) for file in files)
