@@ -87,7 +87,14 @@ def get_study(size: str = "cpu") -> Study:
     if size == "cpu":
         joint = replace(glyphs_focus.JOINT, steps=70, batch=12)
         return Study(
-            base, joint, arms(base, others=False), seeds=(0, 1), validation=64, test=128, placed=64
+            base,
+            joint,
+            arms(base, others=False),
+            seeds=(0, 1),
+            validation=64,
+            test=128,
+            placed=64,
+            timed_share=0.0,
         )
     base = larger(base)
     joint = replace(glyphs_focus.JOINT, steps=4 * glyphs_focus.JOINT.steps, batch=32)

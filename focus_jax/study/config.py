@@ -56,7 +56,7 @@ class Study:
     on the weights of `ours`. `shares`: of full's slots, for the table of all `methods`.
     `validation`, `test`: images (0: all), of which `placed` are answered behind every cut.
     `repeats` of a timed prefill of `timed` questions, for arms and for the methods at the share
-    `timed_share`.
+    `timed_share` (0: arms alone).
     """
 
     base: Experiment
