@@ -62,7 +62,7 @@ def intro(r: Results) -> str:
     aside = f" (on validation the best one is {best})" if best is not None else ""
     asks = r.chosen.get("queries")
     chosen = f" (`{asks}`)" if asks else ""
-    language = LANGUAGE if r.size == "cpu" else "Each trains its own language model."
+    language = "Each trains its own language model." if r.size == "gpu" else LANGUAGE
     return f"""# What each part of FocusLLaVA brings, with controls
 
 Each claim stands beside the control that could refute it. Verdicts are computed from the data by
