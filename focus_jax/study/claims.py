@@ -186,7 +186,11 @@ def aligned_words(r: Results) -> str:
     ours = only(r.of_role("ours"))
     gate = gate_of(ours.asked) if ours else ""
     own = f"`{gate}`, the gate under study" if gate else "the gate under study"
-    return f"Alignment is tested for {own}, alone; balance and noise for the gates that have them."
+    return (
+        f"Alignment is tested for {own}, alone; balance and noise for the gates that have them. "
+        "Without its balance loss the switch gate has nothing to align by: that arm lacks the "
+        "alignment stage as well, so what the two do is not told apart there."
+    )
 
 
 def timely(r: Results) -> Claim:
