@@ -62,9 +62,7 @@ def routed_rows(study: Study) -> list[Asked]:
 def method_rows(study: Study, run: Trained, share_: float) -> Iterator[Asked]:
     """Every method at one share, on weights trained with all tokens, and FocusLLaVA on its own.
 
-    What cannot spend so little is left out.
-
-    FocusLLaVA's router has no weights there, so regions are ranked by the measured loss.
+    What cannot spend so little is left out. FocusLLaVA's router has no weights on full's, where regions are ranked by the measured loss.
     """
     compress = run.config.compress
     vision = replace(compress.vision, gate="measured")
