@@ -62,7 +62,8 @@ def routed_rows(study: Study) -> list[Asked]:
 def method_rows(study: Study, run: Trained, share_: float) -> Iterator[Asked]:
     """Every method at one share, on weights trained with all tokens, and FocusLLaVA on its own.
 
-    What cannot spend so little is left out. FocusLLaVA's router has no weights on full's, where regions are ranked by the measured loss.
+    What cannot spend so little is left out. FocusLLaVA's router has no weights on full's side:
+    regions are ranked by the measured loss there.
     """
     compress = run.config.compress
     vision = replace(compress.vision, gate="measured")
