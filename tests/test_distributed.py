@@ -18,6 +18,7 @@ from focus_jax.cli import train
 from focus_jax.cli.launch import free_port
 from focus_jax.distributed import Place, make_place
 from focus_jax.preemption import PREEMPTED, Preemption
+from tests.launched import own_lines
 
 ROOT = Path(__file__).parents[1]
 SLURM = {
@@ -220,9 +221,7 @@ def test_a_run_survives_faults_and_moves_between_meshes(tmp_path):
     assert 7 <= stopped < 12
     assert f"[0] stopped by SIGTERM at step {stopped} of 12" in done.stderr
     assert "[1] stopped" not in done.stderr
-    # Gloo's threads write a sentence and its line break apart: empty lines are theirs as well.
-    lines = [line.removeprefix("[0]").strip() for line in done.stdout.splitlines()]
-    assert [line for line in lines if line and "peer ranks" not in line] == []
+    assert own_lines(done.stdout) == []
 
     # Another mesh, and one process: it starts from the same bits.
     done = job.run((), "run", "fsdp=2,tensor=2", devices=4)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from focus_jax.cli.evaluate import main
+from tests.launched import own_lines
 
 ROOT = Path(__file__).parents[2]
 MESHES = ("data", "fsdp=2,tensor=2")
@@ -90,7 +91,7 @@ def test_two_processes_answer_as_one_does(micro, tmp_path):
         assert answers == (tmp_path / "one.jsonl").read_text()
     assert len(answers.splitlines()) == 12
     assert said.stdout.count("[0] focusllava on test") == len(MESHES)
-    lines = [line for line in said.stdout.splitlines() if "[Gloo]" not in line]
+    lines = own_lines(said.stdout)
     [other] = [line for line in lines if line.startswith("[1] ")]
     assert "program.py/run cannot be written (process 0 tells why)" in other
     assert "program.py/run cannot be written ([Errno 20] Not a directory" in "".join(lines)
