@@ -19,17 +19,14 @@ CUT_KEEP = 0.1  # of the arms with one cut
 PLAIN = ("random", "uniform", "pool", "downsample")
 
 
-def arms(base: Experiment, others: bool) -> tuple[Arm, ...]:
-    """What is trained; the page says `not measured` where an arm is left out.
-
-    `others`: published methods that have a trained path as well.
-    """
+def arms(base: Experiment) -> tuple[Arm, ...]:
+    """What is trained; the page says `not measured` where an arm is left out."""
     ours = "focusllava:vision.gate=distortion"
     share, dims = mean_share(base, ours), dims_of(base.model, 1)
     switch, through = "focusllava:vision.gate=switch", "focusllava:vision.gate=straight_through"
     layers, cut = cut_layers(dims.layers), f"text_only:text.keep={CUT_KEEP}"
     middle = f"cut_{layers[1]}"
-    out = [
+    return (
         Arm("full", "full", role="full"),
         Arm("focusllava", ours, role="ours"),
         *(Arm(name, plain(base, name, share), role="plain") for name in PLAIN),
@@ -53,14 +50,11 @@ def arms(base: Experiment, others: bool) -> tuple[Arm, ...]:
             f"{middle}_random", f"{cut},text.layer={layers[1]},text.rank=random", role="part",
             against=middle,
         ),
-    ]  # fmt: skip
-    if others:
-        out += [
-            Arm("prumerge", at_share(base, "prumerge", share)),
-            Arm("pyramiddrop", behind_uniform_at(base, "pyramiddrop", share)),
-            Arm("vtw", vtw(dims.layers)),
-        ]
-    return tuple(out)
+        # Published methods that have a trained path.
+        Arm("prumerge", at_share(base, "prumerge", share)),
+        Arm("pyramiddrop", behind_uniform_at(base, "pyramiddrop", share)),
+        Arm("vtw", vtw(dims.layers)),
+    )  # fmt: skip
 
 
 def plain(base: Experiment, name: str, share: float) -> str:
@@ -89,7 +83,7 @@ def get_study(size: str = "cpu") -> Study:
         return Study(
             base,
             joint,
-            arms(base, others=False),
+            arms(base),
             seeds=(0, 1),
             validation=64,
             test=128,
@@ -99,9 +93,7 @@ def get_study(size: str = "cpu") -> Study:
     base = larger(base)
     joint = replace(glyphs_focus.JOINT, steps=4 * glyphs_focus.JOINT.steps, batch=32)
     layers = base.model.decoder.layers
-    return Study(
-        base, joint, arms(base, others=True), seeds=(0, 1, 2), layers=tuple(range(layers)), batch=32
-    )
+    return Study(base, joint, arms(base), seeds=(0, 1, 2), layers=tuple(range(layers)), batch=32)
 
 
 def larger(base: Experiment) -> Experiment:

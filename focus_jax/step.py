@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array
+from jaxtyping import Array, UInt32
 from optax.contrib import MuonDimensionNumbers, muon
 
 from focus_jax.compress.baselines import full
@@ -156,14 +156,14 @@ def make_step(
     structure: VLM,
     stage: TrainStage,
     optimiser: optax.GradientTransformation,
-    seed: int,
     layout: Layout,
 ) -> Step:
-    """One optimiser step, compiled; the state is donated.
+    """One optimiser step, compiled, the same program for every seed; the state is donated.
 
-    step(state, frozen, batches, number, progress) -> (state, metrics). `batches`: arrays
-    [A B ...], of which gradients and metrics are averaged. `number` is that of the step's first
-    batch in the run. Gradients are kept as the parameters are, as soon as they are made.
+    step(state, frozen, batches, seed, number, progress) -> (state, metrics). `batches`: arrays
+    [A B ...], of which gradients and metrics are averaged. `seed`: the run's, as `seed_words` has
+    it. `number` is that of the step's first batch in the run. Gradients are kept as the parameters
+    are, as soon as they are made.
     """
     objective = OBJECTIVES[str(stage.objective)]
 
@@ -173,17 +173,20 @@ def make_step(
         return out.value, out.metrics
 
     def gradients(
-        learning: Leaves, frozen: Leaves, batch: Any, number: Array, progress: Array
+        learning: Leaves, frozen: Leaves, seed: Array, batch: Any, number: Array, progress: Array
     ) -> tuple[Leaves, Metrics]:
-        ctx = Context(jax.random.fold_in(jax.random.key(seed), number), True, progress)
+        key = jax.random.wrap_key_data(seed)
+        ctx = Context(jax.random.fold_in(key, number), True, progress)
         run = jax.value_and_grad(loss, has_aux=True)
         (value, metrics), grads = run(learning, frozen, batch, ctx)
         places = names.stored(grads, layout)
         grads = {k: jax.lax.with_sharding_constraint(g, places[k]) for k, g in grads.items()}
         return grads, {"loss": value, **gradient_norms(grads), **metrics}
 
-    def step(state: State, frozen: Leaves, batches: Any, number: Array, progress: Array):
-        own = partial(gradients, state.learning, frozen)
+    def step(
+        state: State, frozen: Leaves, batches: Any, seed: Array, number: Array, progress: Array
+    ) -> tuple[State, Metrics]:
+        own = partial(gradients, state.learning, frozen, seed)
         grads, metrics = averaged(own, batches, number, progress)
         updates, moments = optimiser.update(grads, state.optimiser, state.learning)
         learning = optax.apply_updates(state.learning, updates)
@@ -193,6 +196,11 @@ def make_step(
     shape = jax.eval_shape(lambda own: State(own, optimiser.init(own)), learning)
     shardings = (state_shardings(shape, layout), replicated(layout.mesh))
     return jax.jit(unrolled(step), donate_argnums=0, out_shardings=shardings)
+
+
+def seed_words(seed: int) -> UInt32[np.ndarray, " W"]:
+    """A seed as the step takes it: the words of its key."""
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
 def averaged(
@@ -260,10 +268,11 @@ def abstract_step(
         with_shardings(state, state_shardings(state, layout)),
         with_shardings(frozen, names.stored(frozen, layout)),
         batches,
+        with_shardings(seed_words(0), whole),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
     )
-    step = make_step(structure, stage, optimiser, cfg.train.seed, layout)
+    step = make_step(structure, stage, optimiser, layout)
     return step, arguments
 
 

@@ -37,6 +37,7 @@ from focus_jax.step import (
     first_state,
     make_optimiser,
     make_step,
+    seed_words,
     split,
     state_shardings,
     with_shardings,
@@ -179,7 +180,8 @@ class Run:
             start = done
             if resumed is not None and resumed > done:
                 start, state = resumed, self.restore(state, batches)
-            step = make_step(model, stage, optimiser, self.cfg.train.seed, self.layout)
+            step = make_step(model, stage, optimiser, self.layout)
+            seed = seed_words(self.cfg.train.seed)
             load_of = Loads(self.cfg, stage, self.stage_method(stage), self.layout)
             devices = self.layout.mesh.local_devices
             watch = Watch(out, stage.name, self.cfg.train.log_every, devices)
@@ -191,7 +193,7 @@ class Run:
                         placed = put_batch(for_device(batch), self.layout, axis=1)
                     unique, load = np.int32((number - 1) * stage.accumulate), load_of(batch)
                     with watch.running(load):
-                        state, metrics = step(state, frozen, placed, unique, progress)
+                        state, metrics = step(state, frozen, placed, seed, unique, progress)
                     watch.see(number, metrics, batch["index"], load)
                 self.checkpoints.check()
                 stop = self.preemption.reached(number)

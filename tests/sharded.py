@@ -26,7 +26,14 @@ from focus_jax.experiment import (
 from focus_jax.models import params as names
 from focus_jax.pods.hlo import read_program
 from focus_jax.sharding import make_layout, put_batch
-from focus_jax.step import abstract_batch, first_state, make_optimiser, make_step, split
+from focus_jax.step import (
+    abstract_batch,
+    first_state,
+    make_optimiser,
+    make_step,
+    seed_words,
+    split,
+)
 
 STEPS, BATCH, VOCAB, WIDTH, TOWER = 20, 8, 96, 64, 28
 MESHES = {"one device": ("data", 1), "data": ("data", 0), "fsdp": ("fsdp", 0)}
@@ -88,11 +95,11 @@ def train(
     learning, frozen = split(names.named_leaves(model), stage)
     optimiser = make_optimiser(TrainConfig(), stage)
     state = first_state(learning, optimiser, layout)
-    step = make_step(model, stage, optimiser, 0, layout)
+    step, seed = make_step(model, stage, optimiser, layout), seed_words(0)
 
     def arguments(number: int) -> tuple:
         placed = put_batch(batch(number), layout, axis=1)
-        return placed, np.int32(number), np.float32(number / STEPS)
+        return placed, seed, np.int32(number), np.float32(number / STEPS)
 
     program = step.lower(state, frozen, *arguments(0)).compile()
     losses = []

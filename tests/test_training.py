@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from focus_jax.checkpoint import (
 from focus_jax.config import LoraConfig
 from focus_jax.experiment import Experiment, TrainConfig, TrainStage, with_lora
 from focus_jax.objectives import OBJECTIVES, Loss
-from focus_jax.step import State, make_optimiser
+from focus_jax.step import State, make_optimiser, make_step, seed_words
 from focus_jax.throughput import CLOCKED
 from focus_jax.training import Run
 from focus_jax.watch import NonFiniteLoss
@@ -356,6 +357,21 @@ def test_two_batches_accumulated_are_one_of_both(experiment, tmp_path):
     for name in one:
         # Adam follows the sign of a gradient near zero, so single elements may part.
         assert np.abs(one[name] - two[name]).mean() < 2e-5, name
+
+
+def test_seeds_draw_apart_by_one_program(whole):
+    model, state, frozen, optimiser = whole.run.state_of(WORDS, whole.last)
+    step = make_step(model, WORDS, optimiser, whole.run.layout)
+    with closing(iter(whole.run.loader(WORDS, 0))) as batches:
+        batch = training.for_device(training.next_batches(batches, 1))
+    losses = []
+    for seed in (3, 3, 4):
+        own = jax.tree.map(jnp.copy, state)
+        metrics = step(own, frozen, batch, seed_words(seed), np.int32(0), np.float32(0))[1]
+        losses.append(float(metrics["loss"]))
+    # The objective draws how many empty cells it tells, and where.
+    assert losses[0] == losses[1] != losses[2]
+    assert step._cache_size() == 1
 
 
 def test_rates_follow_the_schedule_and_the_part():

@@ -16,7 +16,7 @@ from focus_jax.study.placement import Curve, Ranking, place
 from focus_jax.study.results import pack, unpack
 from focus_jax.study.statistics import Estimate, difference, share_right
 
-IMAGES = 96  # at most
+IMAGES = 64  # at most
 BATCH = 16  # images
 KEEPS = (0.25, 0.10, 0.05)
 RANKS = {"top": "highest attention", "random": "random", "least": "lowest", "oracle": "oracle"}

@@ -36,6 +36,10 @@ PARTS: tuple[Part, ...] = ("placement", "routing", "methods")
 TEST, VALIDATION = "test", "validation"
 
 
+# A piece of work: its kind, its name, and how it is done.
+Piece = tuple[str, str, Callable[[], Any]]
+
+
 class Measured(NamedTuple):
     """What a method costs (fields of `Row`), its answers and the kinds of the questions."""
 
@@ -71,10 +75,19 @@ class Seed:
         self.clock(
             "base", f"{of} base", partial(train_once, base_of(self.study, self.number), base)
         )
-        for arm in self.study.arms:
+        for arm in self.in_turn(self.study.arms):
             cfg = arm_of(self.study, arm, self.number, str(base / "checkpoints"))
             where = self.folder / "arms" / arm.name
             self.clock("arm", f"{of} {arm.name}", partial(train_once, cfg, where))
+
+    def in_turn(self, pieces: Sequence[Any]) -> list[Any]:
+        """Pieces of work in this seed's order: each seed begins with others.
+
+        Of seeds that run at once, what one compiles the others find compiled.
+        """
+        seeds = self.study.seeds
+        first = len(pieces) * seeds.index(self.number) // len(seeds)
+        return [*pieces[first:], *pieces[:first]]
 
     def run(self, arm: str) -> Trained:
         """An arm's run, read once."""
@@ -302,21 +315,28 @@ def seconds_of(workdir: Path) -> float:
 
 def measure(seed: Seed, parts: Sequence[Part]) -> None:
     """Everything that is asked of a seed, written into its folder."""
-    study, clock, of = seed.study, seed.clock, f"seed {seed.number}"
-    full = study.arm("full").name
+    for kind, name, work in seed.in_turn(pieces_of(seed, parts)):
+        seed.clock(kind, f"seed {seed.number} {name}", work)
+
+
+def pieces_of(seed: Seed, parts: Sequence[Part]) -> list[Piece]:
+    """What is measured of a seed."""
+    study, full = seed.study, seed.study.arm("full").name
+    out: list[Piece] = []
     for one in trained_rows(study):
-        clock("answers", f"{of} {one.name}", partial(seed.answer, one))
+        out.append(("answers", one.name, partial(seed.answer, one)))
     if "placement" in parts:
         for split in (VALIDATION, TEST):
-            clock("placement", f"{of} placement {split}", partial(seed.place, split))
+            out.append(("placement", f"placement {split}", partial(seed.place, split)))
     if "routing" in parts:
         for one in gate_rows(study):
-            clock("answers", f"{of} gate {one.name}", partial(seed.answer, one))
+            out.append(("answers", f"gate {one.name}", partial(seed.answer, one)))
         for one in routed_rows(study):
-            clock("routing", f"{of} routing {one.name}", partial(seed.route, one))
+            out.append(("routing", f"routing {one.name}", partial(seed.route, one)))
     for share_ in study.shares if "methods" in parts else ():
         rows = list(method_rows(study, seed.run(full), share_))
-        clock("methods", f"{of} methods at {share_:.0%}", partial(seed.answers, rows))
+        out.append(("methods", f"methods at {share_:.0%}", partial(seed.answers, rows)))
+    return out
 
 
 def gather(

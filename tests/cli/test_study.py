@@ -4,12 +4,14 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from focus_jax.cli import study
 from focus_jax.experiment import load_program
 from focus_jax.study import run
+from focus_jax.study.clock import Clock
 from focus_jax.study.config import Arm, Study, arm_of, base_of, check, load_study, overridden
 from focus_jax.study.processes import at_once
 
@@ -112,6 +114,14 @@ def test_arms_share_a_base_and_are_aligned_where_there_is_a_router(program):
         stages[arm.name] = [stage.name for stage in cfg.train.stages]
     assert stages.pop("focusllava") == ["align", "joint"]
     assert set(map(tuple, stages.values())) == {("joint",)}
+
+
+def test_seeds_begin_with_other_pieces_and_do_them_all(program, tmp_path):
+    asked = replace(load_study(program, "cpu"), seeds=(5, 7, 9))
+    pieces = list(range(7))
+    orders = [run.Seed(asked, tmp_path, seed, Clock({})).in_turn(pieces) for seed in asked.seeds]
+    assert orders[0] == pieces and [sorted(order) for order in orders] == [pieces] * 3
+    assert [order[0] for order in orders] == [0, 2, 4]
 
 
 def test_the_repositorys_study_fits_its_models():
