@@ -37,9 +37,11 @@ def arms(base: Experiment) -> tuple[Arm, ...]:
         Arm("switch", switch, role="router"),
         Arm("straight_through", through, role="router"),
         Arm("unaligned", ours, aligned=False, role="part", against="focusllava"),
+        # Its balance loss is all that it can be aligned by: both go one after the other.
+        Arm("switch_unaligned", switch, aligned=False, role="part", against="switch"),
         Arm(
             "switch_no_balance", f"{switch},vision.balance=0", aligned=False, role="part",
-            against="switch",
+            against="switch_unaligned",
         ),
         Arm(
             "straight_no_noise", f"{through},vision.noise=0", role="part",

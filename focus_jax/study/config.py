@@ -55,7 +55,7 @@ class Study:
     weights trained with all tokens are cut, and how much stays. `gates`: control gates that are put
     on the weights of `ours`. `shares`: of full's slots, for the table of all `methods`.
     `validation`, `test`: images (0: all), of which `placed` are answered behind every cut.
-    `repeats` of a timed prefill of `timed` questions, for arms and for the methods at the share
+    Prefill of `timed` questions is timed in `rounds`, for arms and for the methods at the share
     `timed_share` (0: arms alone).
     """
 
@@ -74,7 +74,7 @@ class Study:
     batch: int = 16
     timed: int = 16
     timed_share: float = 0.25
-    repeats: int = 7
+    rounds: int = 21
 
     def __post_init__(self) -> None:
         known = [arm.name for arm in self.arms]

@@ -138,8 +138,9 @@ def tables_of_claims(r: Results) -> dict[int, str]:
 
 def arms_text(r: Results) -> str:
     return (
-        "Slots, operations and cache bytes are of one question's prefill, by the plan; ms as "
-        "measured once (first seed alone, some rows only), on cores that other work may share. "
+        "Slots, operations and cache bytes are of one question's prefill, by the plan; ms: the "
+        "median over rounds (first seed alone, some rows only), on cores that other work may "
+        "share. "
         f"Differences are to `{r.full.name}`; `real`: their interval does not hold 0."
     )
 

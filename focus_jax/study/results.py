@@ -1,5 +1,6 @@
 """What the study found, as arrays: a row for each method on some weights, all seeds stacked."""
 
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from focus_jax.data.glyphs import KINDS
 from focus_jax.study.config import Role
 from focus_jax.study.placement import Curve
 from focus_jax.study.routing import Routing
-from focus_jax.study.statistics import Estimate, difference, share_right
+from focus_jax.study.statistics import Estimate, difference, median, share_right
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +22,8 @@ class Row:
     whose training gave them; `trained`: they learned with this method in place. asked: as on a
     command line. share: of full's slots that was asked for (0: the method's own budget).
     `mean_share`: of full's slots that are spent, in the mean over layers. flops and kv_bytes are of
-    one question's prefill; `ms` its measured time, where it was measured. correct: seeds stacked.
+    one question's prefill; `rounds` its milliseconds in each round that all timed rows met together
+    (none: not timed). correct: seeds stacked.
     """
 
     name: str
@@ -35,7 +37,19 @@ class Row:
     flops: float
     kv_bytes: int
     correct: Bool[np.ndarray, "I Q"]
-    ms: float | None = None
+    rounds: tuple[float, ...] = ()
+
+    @property
+    def ms(self) -> float | None:
+        """The median time of one question's prefill; None where it was not measured."""
+        return statistics.median(self.rounds) if self.rounds else None
+
+    def time_saved(self, other: "Row") -> Estimate | None:
+        """The share of another row's time that this one saves; None where one was not measured."""
+        if not self.rounds or not other.rounds:
+            return None
+        pairs = zip(self.rounds, other.rounds, strict=True)
+        return median([1 - own / theirs for own, theirs in pairs])
 
     @property
     def accuracy(self) -> Estimate:

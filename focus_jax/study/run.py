@@ -3,14 +3,13 @@
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -18,10 +17,7 @@ from focus_jax.compress.text_guided import TextGuided
 from focus_jax.evaluate.runner import Trained, read_run
 from focus_jax.evaluate.study import train_once, write_json
 from focus_jax.experiment import parent_fields
-from focus_jax.generate import run_prefill
-from focus_jax.models.vlm import VLM
-from focus_jax.objectives import inputs_of
-from focus_jax.study.answers import Batch, answer, device_part, read_batches
+from focus_jax.study.answers import Batch, answer, read_batches
 from focus_jax.study.asked import Asked, gate_rows, method_rows, routed_rows, trained_rows
 from focus_jax.study.clock import Clock
 from focus_jax.study.config import Study, arm_of, base_of
@@ -30,6 +26,7 @@ from focus_jax.study.processes import at_once
 from focus_jax.study.results import Results, Routed, Row, pack, unpack
 from focus_jax.study.routing import Regions, route, summarise
 from focus_jax.study.statistics import share_right, spearman
+from focus_jax.study.times import prefill_ms, prompts_of
 
 Part = Literal["placement", "routing", "methods"]
 PARTS: tuple[Part, ...] = ("placement", "routing", "methods")
@@ -195,41 +192,27 @@ class Seed:
         for one in rows:
             self.answer(one)
 
-    def ms(self, asked: Asked) -> float:
-        """Milliseconds of one question's prefill."""
-        run = self.run(asked.weights)
-        about = {"method": asked.text, "timed": self.study.timed, "repeats": self.study.repeats}
-        file = asked.file.replace("answers/", "times/")
-        return self.stored(file, about, lambda: self.time(run.model(run.method(asked.text))))
+    def times(self, rows: Sequence[Asked]) -> dict[str, list[float]]:
+        """Milliseconds of one question's prefill of each row, by its file, round by round.
 
-    @cached_property
-    def prompts(self) -> Any:
-        """Questions one a sample, each with its image, as a prefill takes them."""
-        batch, count = self.split(TEST)[0], self.study.timed
-        images, questions = batch["tokens"].shape[:2]
-        at = np.arange(count) % (images * questions)
-        image, question = at // questions, at % questions
-        inputs = inputs_of(device_part(batch))
-        own: dict[str, Any] = {
-            name: getattr(inputs, name)[image, question][:, None]
-            for name in ("tokens", "token_valid", "instruction", "label")
-        }
-        asks = own["token_valid"] & ~own["label"]
-        own |= {"token_valid": asks, "label": jnp.zeros_like(asks)}
-        rest = {name: value for name, value in inputs._asdict().items() if name not in own}
-        shared: dict[str, Any] = {k: None if a is None else a[image] for k, a in rest.items()}
-        return inputs._replace(**shared, **own)
-
-    def time(self, model: VLM) -> float:
-        """Milliseconds of one question's prefill: the median over repeats, compilation left out."""
-        inputs, key = self.prompts, jax.random.key(0)
-        jax.block_until_ready(run_prefill(model, inputs, key, room=1))
-        times = []
-        for _ in range(self.study.repeats):
-            start = time.perf_counter()
-            jax.block_until_ready(run_prefill(model, inputs, key, room=1))
-            times.append(time.perf_counter() - start)
-        return 1e3 * statistics.median(times) / self.study.timed
+        All rows are timed together: anew if one of them is not among those that lie there.
+        """
+        study, path = self.study, self.folder / "times.json"
+        runs = {one.file: self.run(one.weights) for one in rows}
+        about = {one.file: self.about(runs[one.file], method=one.text) for one in rows}
+        asked = json.loads(
+            json.dumps({"timed": study.timed, "rounds": study.rounds, "rows": about})
+        )
+        if path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            known = stored["asked"].pop("rows")
+            if stored["asked"].items() <= asked.items() and asked["rows"].items() <= known.items():
+                return {file: stored["found"][file] for file in about}
+        models = {one.file: runs[one.file].model(runs[one.file].method(one.text)) for one in rows}
+        inputs = prompts_of(self.split(TEST)[0], study.timed)
+        found = prefill_ms(models, inputs, study.rounds)
+        write_json(path, {"asked": asked, "found": found})
+        return found
 
 
 def asdict_without(curve: Curve) -> dict[str, Any]:
@@ -249,9 +232,9 @@ def rows_of(study: Study, seed: Seed, parts: Sequence[Part]) -> list[Asked]:
     return out
 
 
-def is_timed(study: Study, asked: Asked) -> bool:
-    """Whether a row's prefill is timed: each costs a compilation."""
-    return asked.share in (0.0, study.timed_share)
+def timed_rows(study: Study, rows: Sequence[Asked]) -> list[Asked]:
+    """The rows whose prefill is timed: each costs a compilation."""
+    return [one for one in rows if one.share in (0.0, study.timed_share)]
 
 
 def planned(study: Study, parts: Sequence[Part], seeds: int, alone: bool) -> dict[str, int]:
@@ -289,7 +272,7 @@ def run_study(
         clock = Clock(planned(study, parts, len(study.seeds), alone=False))
         seeds = [run_seed(study, workdir, number, parts, clock) for number in study.seeds]
         rows = rows_of(study, seeds[0], parts)
-        clock("times", "times", lambda: [seeds[0].ms(one) for one in rows if is_timed(study, one)])
+        clock("times", "times", partial(seeds[0].times, timed_rows(study, rows)))
     finally:
         spent = before + time.perf_counter() - start
         write_json(workdir / "state.json", {"seconds": spent})
@@ -346,7 +329,8 @@ def gather(
     sampler = study.base.compress.text
     roles = {arm.name: arm.role for arm in study.arms}
     asked = rows_of(study, seeds[0], parts)
-    rows = [stacked(one, seeds, roles.get(one.name, "other")) for one in asked]
+    times = seeds[0].times(timed_rows(study, asked))
+    rows = [stacked(one, seeds, roles.get(one.name, "other"), times) for one in asked]
     kind = np.concatenate([seed.answer(asked[0]).kind for seed in seeds])
     curves, chosen = placed(study, seeds) if "placement" in parts else ((), {})
     routed = [routed_of(one, seeds) for one in routed_rows(study)] if "routing" in parts else []
@@ -359,14 +343,16 @@ def gather(
     )  # fmt: skip
 
 
-def stacked(asked: Asked, seeds: Sequence[Seed], role: Any) -> Row:
+def stacked(
+    asked: Asked, seeds: Sequence[Seed], role: Any, times: Mapping[str, list[float]]
+) -> Row:
     """A row with the answers of all seeds, and the first one's costs."""
     found = [seed.answer(asked) for seed in seeds]
     own: Any = role if asked.trained else "other"
     return Row(
         name=asked.name, role=own, weights=asked.weights, trained=asked.trained, asked=asked.text,
         share=asked.share, correct=np.concatenate([one.correct for one in found]),
-        ms=seeds[0].ms(asked) if is_timed(seeds[0].study, asked) else None, **found[0].costs,
+        rounds=tuple(times.get(asked.file, ())), **found[0].costs,
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def get_study(size):
     )
     return Study(
         base, joint, arms, seeds=(0, 1), layers=(0, 1), keeps=(0.25,), shares=(0.5,),
-        methods=("random", "pool", "focusllava"), gates=("oracle",), batch=2, timed=2, repeats=1,
+        methods=("random", "pool", "focusllava"), gates=("oracle",), batch=2, timed=2, rounds=2,
         timed_share=0.5,
     )
 """
@@ -90,7 +90,7 @@ def test_from_nothing_to_the_page(micro, program, tmp_path, monkeypatch, capsys)
         assert f"(study_{name}.png)" in text
 
     # Again: nothing is trained, answered or placed a second time.
-    forbid(monkeypatch, "answer", "place", "route", "read_batches")
+    forbid(monkeypatch, "answer", "place", "route", "read_batches", "prefill_ms")
     monkeypatch.setattr("focus_jax.evaluate.study.Run.train", lambda self: pytest.fail("trained"))
     assert study.main([*argv, "--only", "placement,routing"]) == 0
     again = json.loads((tmp_path / "study" / "results.json").read_text())

@@ -47,7 +47,7 @@ def right(share):
 def row(name, accuracy, role="other", spends=0.25, **more):
     plain = {
         "weights": name, "trained": True, "asked": name, "share": 0.0, "mean_slots": 256 * spends,
-        "flops": 1e9 * spends, "kv_bytes": 1000, "ms": 10 * spends,
+        "flops": 1e9 * spends, "kv_bytes": 1000, "rounds": (10 * spends, 11 * spends, 12 * spends),
     }  # fmt: skip
     correct = more.pop("correct_", right(accuracy))
     fields = {**plain, **more}
@@ -88,9 +88,9 @@ def found():
         row("switch_no_balance", 0.65, "part"),
         row("random", 0.4, weights="focusllava", trained=False, asked="f:vision.gate=random"),
         row("uniform", 0.5, weights="full", trained=False, share=0.25),
-        row("focusllava", 0.7, weights="full", trained=False, share=0.25, ms=None),
+        row("focusllava", 0.7, weights="full", trained=False, share=0.25, rounds=()),
         # Ours at a share that it was not trained at: no control gate, whatever it answers.
-        row("focusllava", 0.95, weights="focusllava", trained=False, share=0.25, ms=None),
+        row("focusllava", 0.95, weights="focusllava", trained=False, share=0.25, rounds=()),
     )
     placed = curves([0.3, 0.6, 0.8, 0.8], [0.3, 0.4, 0.5, 0.8], [0.2, 0.3, 0.4, 0.8])
     return Results(
@@ -156,9 +156,8 @@ def test_one_refutation_refutes_and_what_was_not_measured_decides_nothing():
     assert [finer(a, 0.2) for a in (0.5, 0.3, 0.2, None)] == [
         "held", "not told apart", "did NOT hold", "not measured",
     ]  # fmt: skip
-    assert [in_time(0.5, time) for time in (0.4, 0.3, 0.29)] == [
-        "held", "not told apart", "did NOT hold",
-    ]  # fmt: skip
+    times = [Estimate(0.4, low, high) for low, high in ((0.4, 0.5), (0.39, 0.41), (0.3, 0.39))]
+    assert [in_time(0.5, time) for time in times] == ["held", "not told apart", "did NOT hold"]
     assert in_every_seed("held", [0.1, 0.2]) == "held"
     assert in_every_seed("did NOT hold", [-0.1, 0.0]) == "not told apart"
 
@@ -305,11 +304,12 @@ def test_a_part_that_harms(found):
 
 def test_slots_without_time(found):
     assert timely(found).verdict == "held"
-    assert timely(with_row(found, "focusllava", ms=9.0)).verdict == "did NOT hold"
-    assert timely(with_row(found, "focusllava", ms=4.9)).verdict == "not told apart"
-    untimed = with_row(found, "focusllava", ms=None)
+    assert timely(with_row(found, "focusllava", rounds=(9.0,) * 3)).verdict == "did NOT hold"
+    noisy = with_row(found, "focusllava", rounds=(0.1, 4.9, 9.0))
+    assert timely(noisy).verdict == "not told apart"
+    untimed = with_row(found, "focusllava", rounds=())
     assert [c.what for c in timely(untimed).checks] == ["saved by focusllava_39"]
-    assert timely(with_row(found, "full", ms=None)).verdict == "not measured"
+    assert timely(with_row(found, "full", rounds=())).verdict == "not measured"
 
 
 def test_cuts_stand_beside_full_on_their_own_images(found):
