@@ -78,13 +78,12 @@ class Seed:
             self.clock("arm", f"{of} {arm.name}", partial(train_once, cfg, where))
 
     def in_turn(self, pieces: Sequence[Any]) -> list[Any]:
-        """Pieces of work in this seed's order: each seed begins with others.
+        """Pieces of work in this seed's order: every second seed goes from the last to the first.
 
-        Of seeds that run at once, what one compiles the others find compiled.
+        Of two seeds that run at once, what one has compiled the other finds compiled.
         """
-        seeds = self.study.seeds
-        first = len(pieces) * seeds.index(self.number) // len(seeds)
-        return [*pieces[first:], *pieces[:first]]
+        backwards = self.study.seeds.index(self.number) % 2
+        return list(pieces[::-1] if backwards else pieces)
 
     def run(self, arm: str) -> Trained:
         """An arm's run, read once."""
