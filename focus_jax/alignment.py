@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt8
 
+from focus_jax.data.cells import at_cells, tiles_alone
 from focus_jax.models.vlm import VLM
 from focus_jax.sharding import pinned
 
@@ -27,15 +28,25 @@ class Moments(NamedTuple):
     batches: Float[Array, ""]
 
 
-def hidden_features(vlm: VLM, pixels: Array) -> Float[Array, "B N F"]:
-    """What the projector's last layer sees, and a constant."""
-    features = vlm.vision(pixels[:, 0])["features"]
+def tower_features(vlm: VLM, pixels: UInt8[Array, "B M S S 3"]) -> Float[Array, "B C F"]:
+    """The tower's features of an image's C cells, each from the view that shows it by itself.
+
+    A thumbnail's patch shows several at once, which no one cell's words describe.
+    """
+    tiles = tiles_alone(pixels)
+    features = vlm.vision(tiles.reshape(-1, *tiles.shape[2:]))["features"]
+    return at_cells(features.reshape(*tiles.shape[:2], *features.shape[1:]))
+
+
+def hidden_features(vlm: VLM, pixels: UInt8[Array, "B M S S 3"]) -> Float[Array, "B C F"]:
+    """What the projector's last layer sees of each cell, and a constant."""
+    features = tower_features(vlm, pixels)
     if vlm.projector.linear_2 is not None:
         features = jax.nn.gelu(vlm.projector.linear_1(features), approximate=False)
     return jnp.pad(features, [(0, 0), (0, 0), (0, 1)], constant_values=1.0)
 
 
-def cell_weights(filled: Bool[Array, "B N"]) -> Float[Array, "B N"]:
+def cell_weights(filled: Bool[Array, "B C"]) -> Float[Array, "B C"]:
     """Filled and empty cells weigh the same in total, 1 together."""
     return jnp.where(filled, 0.5 / jnp.maximum(filled.sum(), 1), 0.5 / (~filled).sum())
 
@@ -45,7 +56,7 @@ def unexplained(vlm: VLM, batch: Mapping[str, Array]) -> Float[Array, ""]:
 
     The same target as `fit_projector`'s, for tower and projector to go on from it by gradients.
     """
-    told = vlm.projector(vlm.vision(batch["pixels"][:, 0])["features"]).astype(jnp.float32)
+    told = vlm.projector(tower_features(vlm, batch["pixels"])).astype(jnp.float32)
     y = jax.lax.stop_gradient(vlm.decoder.embedded(batch["cell_words"]).sum(-2))
     weight = cell_weights(batch["cell_filled"])
     mean = jnp.einsum("bn,bnd->d", weight, y)

@@ -16,6 +16,7 @@ from focus_jax.compress.method import Method
 from focus_jax.compress.text_guided import TextGuided
 from focus_jax.compress.vision_guided import VisionGuided
 from focus_jax.config import LoraConfig, ModelConfig, tiny
+from focus_jax.data.cells import views
 from focus_jax.data.glyph_config import GlyphsConfig
 from focus_jax.objectives import ObjectiveName
 from focus_jax.sharding import ShardingRules
@@ -192,6 +193,21 @@ class Experiment:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def across(self) -> int:
+        """Views along a side of the embedded set's images: 1, or the side of a grid of tiles.
+
+        1 as well where the model has no grid of that size, which the loader then tells.
+        """
+        across, rest = divmod(self.data.glyphs.image_size, self.model.vision.image_size)
+        square = (across, across) in self.model.grids and across**2 < self.model.max_tiles
+        return across if square and not rest else 1
+
+    @property
+    def tiles(self) -> int:
+        """M: views of an image of the embedded set, the thumbnail included."""
+        return views(self.across)
 
 
 def to_json(config: Experiment) -> str:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from focus_jax.alignment import unexplained
 from focus_jax.compress.method import Context, VisualTokens, block_key
 from focus_jax.compress.select import top_k_in_order
+from focus_jax.data.cells import at_patches
 from focus_jax.models.streams import Streams
 from focus_jax.models.vlm import VLM, Inputs
 from focus_jax.vocabulary_loss import vocabulary_loss
@@ -33,16 +34,17 @@ class Loss(NamedTuple):
 def inputs_of(batch: Batch) -> Inputs:
     """The model's view of a loader's batch; dialogues tell where their images stand.
 
-    Batches with the tables of glyphs tell what each patch holds.
+    Batches with the tables of glyphs tell what each patch holds: a thumbnail's, if any of its cells
+    does.
     """
-    filled = batch.get("cell_filled")
+    filled, patches = batch.get("cell_filled"), batch["patch_valid"].shape[-1]
     return Inputs(
         pixels=batch["pixels"], patch_valid=batch["patch_valid"], origin=batch["tile_origin"],
         prefix=batch["prefix"], prefix_valid=batch["prefix_valid"], tokens=batch["tokens"],
         token_valid=batch["token_valid"], instruction=batch["query_mask"],
         label=batch["label_mask"], row_valid=batch.get("tile_rows"),
         image_at=batch.get("image_at"),
-        content=None if filled is None else filled[:, None].astype(jnp.float32),
+        content=None if filled is None else at_patches(filled, patches).astype(jnp.float32),
     )  # fmt: skip
 
 

@@ -197,6 +197,7 @@ def loader_config(
         batch=batch, questions=questions, seed=seed,
         text_length=cfg.data.text_length, prefix_length=cfg.data.prefix_length,
         image_size=cfg.model.vision.image_size, patch=cfg.model.vision.patch_size,
+        across=cfg.across,
         rows=None if layout is None else layout.rows(batch),
         max_bad_share=cfg.data.max_bad_share,
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """The smallest experiment that has every part: a config program for tests."""
 
+from dataclasses import replace
+
 from focus_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from focus_jax.data.glyph_config import GlyphsConfig
 from focus_jax.experiment import (
@@ -35,4 +37,15 @@ def get_config() -> Experiment:
         data=DataConfig(glyphs=GLYPHS),
         train=TrainConfig(stages=(joint,), log_every=1),
         eval=EvalConfig(batch=8),
+    )
+
+
+def get_tiled() -> Experiment:
+    """The same with images of twice the side: a thumbnail and 2 x 2 tiles."""
+    base = get_config()
+    return replace(
+        base,
+        name="micro_tiled",
+        model=replace(base.model, max_tiles=5, image_newline=True, grids=((2, 2),)),
+        data=replace(base.data, glyphs=replace(base.data.glyphs, grid=8)),
     )

@@ -127,3 +127,61 @@ def test_cells_that_are_all_filled_do_no_harm(model, batches):
     leaves, unexplained = fit_projector(model, cells, len(cells), ridge=RIDGE)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(leaves))
     assert 0 <= unexplained <= 1.01
+
+
+@pytest.fixture(scope="module")
+def tiled():
+    """Images of 2 x 2 tiles behind a thumbnail, and the same ones with another thumbnail."""
+    rng = np.random.default_rng(1)
+    first = {
+        "pixels": rng.integers(0, 256, (3, 5, 32, 32, 3), dtype=np.uint8),
+        "cell_words": rng.integers(0, 64, (3, 4 * CELLS, 3), dtype=np.int32),
+        "cell_filled": rng.random((3, 4 * CELLS)) < 0.3,
+    }
+    pixels = first["pixels"].copy()
+    pixels[:, 0] ^= 255
+    return first, {**first, "pixels": pixels}
+
+
+def by_cell(features):
+    """Rows of cells, raster order, from features [B, 5, 16, F]: cell by cell."""
+    out = np.empty((len(features), 64, features.shape[-1]), features.dtype)
+    for cell in range(64):
+        row, col = divmod(cell, 8)
+        tile = 1 + 2 * (row // 4) + col // 4
+        out[:, cell] = features[:, tile, 4 * (row % 4) + col % 4]
+    return out
+
+
+def test_cells_of_tiles_are_described_where_they_lie(model, tiled):
+    batch, other = tiled
+    flat = batch["pixels"].reshape(-1, 32, 32, 3)
+    made = np.asarray(model.projector(model.vision(flat)["features"])).reshape(3, 5, 16, -1)
+    made = by_cell(made).reshape(3 * 64, -1)
+    table = np.asarray(named_leaves(model)["decoder.embed.embedding"])
+    y = table[batch["cell_words"]].sum(-2).reshape(made.shape)
+    filled = batch["cell_filled"].reshape(-1)
+    weight = np.where(filled, 0.5 / filled.sum(), 0.5 / (~filled).sum())
+    left = (weight[:, None] * (made - y) ** 2).sum()
+    spread = (weight[:, None] * (y - weight @ y) ** 2).sum()
+    assert float(unexplained(model, batch)) == pytest.approx(left / spread, rel=1e-4)
+    # What the thumbnail shows has no part in it.
+    assert float(unexplained(model, other)) == float(unexplained(model, batch))
+
+
+def test_the_fit_to_tiles_is_that_to_their_cells(model, tiled):
+    """Each cell weighs the same wherever it lies: cut into views of their own, tiles fit alike."""
+    batch, other = tiled
+    leaves, left = fit_projector(model, [batch], 1, ridge=RIDGE)
+    again, _ = fit_projector(model, [other], 1, ridge=RIDGE)
+    cells = np.arange(64).reshape(2, 4, 2, 4).swapaxes(1, 2).reshape(4, 16)
+    alone = {
+        "pixels": batch["pixels"][:, 1:].reshape(12, 1, 32, 32, 3),
+        "cell_words": batch["cell_words"][:, cells].reshape(12, 16, 3),
+        "cell_filled": batch["cell_filled"][:, cells].reshape(12, 16),
+    }
+    wanted, same = fit_projector(model, [alone], 1, ridge=RIDGE)
+    assert left == pytest.approx(same, rel=1e-4)
+    for name, leaf in wanted.items():
+        np.testing.assert_allclose(leaves[name], leaf, rtol=1e-3, atol=1e-4)
+        np.testing.assert_array_equal(again[name], leaves[name])

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from focus_jax.data.cells import views
 from focus_jax.data.conversation import Template, encode, render
 from focus_jax.data.glyphs import GlyphsConfig, cell_words
-from focus_jax.data.images import single_tile
 from focus_jax.data.iterator import Batch
+from focus_jax.data.preprocess import ImageConfig, preprocess
 from focus_jax.data.rows import Row
 from focus_jax.data.sources import Record
 from focus_jax.data.tokenizer import token_ids
@@ -20,7 +21,10 @@ _CACHED_TEXTS = 1 << 16
 
 
 class Shape(NamedTuple):
-    """Static sizes of a batch: images, questions, tokens before and after the image, pixels."""
+    """Static sizes of a batch: images, questions, tokens before and after the image, pixels.
+
+    `image_size` and `patch` are of a view, of which an image is `across` wide and high.
+    """
 
     batch: int
     questions: int
@@ -28,6 +32,7 @@ class Shape(NamedTuple):
     text_length: int
     image_size: int
     patch: int
+    across: int
 
 
 class _Text(NamedTuple):
@@ -54,6 +59,7 @@ class BatchMaker:
         self._answers = answers
         self._text = lru_cache(_CACHED_TEXTS)(self._encode)
         self._words = None if glyphs is None else _CellTables(tokenizer, glyphs)
+        self._photos = _photos(shape)
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """The batch of `rows`, as many as the shape's `batch` (see `make_loader`)."""
@@ -66,12 +72,12 @@ class BatchMaker:
         return arrays
 
     def _empty(self) -> Batch:
-        b, q, p, t, size, patch = self._shape
-        patches = (size // patch) ** 2
+        b, q, p, t, size, patch, across = self._shape
+        m, patches = views(across), (size // patch) ** 2
         arrays: Batch = {
-            "pixels": np.zeros((b, 1, size, size, 3), np.uint8),
-            "patch_valid": np.ones((b, 1, patches), bool),
-            "tile_origin": np.zeros((b, 1, 2), np.int32),
+            "pixels": np.zeros((b, m, size, size, 3), np.uint8),
+            "patch_valid": np.ones((b, m, patches), bool),
+            "tile_origin": np.zeros((b, m, 2), np.int32),
             "prefix": np.full((b, p), self._tokenizer.pad_token_id or 0, np.int32),
             "prefix_valid": np.zeros((b, p), bool),
             "tokens": np.full((b, q, t), self._tokenizer.pad_token_id or 0, np.int32),
@@ -84,12 +90,13 @@ class BatchMaker:
             "kind": np.full((b, q), -1, np.int32),
         }
         if self._words is not None:
+            cells = across**2 * patches
             arrays |= {
-                "cell_words": np.zeros((b, patches, self._words.count), np.int32),
-                "cell_filled": np.zeros((b, patches), bool),
-                "glyph": np.zeros((b, patches), np.int32),
-                "colour": np.zeros((b, patches), np.int32),
-                "evidence": np.zeros((b, q, patches), bool),
+                "cell_words": np.zeros((b, cells, self._words.count), np.int32),
+                "cell_filled": np.zeros((b, cells), bool),
+                "glyph": np.zeros((b, cells), np.int32),
+                "colour": np.zeros((b, cells), np.int32),
+                "evidence": np.zeros((b, q, cells), bool),
             }
         return arrays
 
@@ -97,7 +104,7 @@ class BatchMaker:
         arrays["index"][place] = row.index if row.valid else -1
         if row.image is None:
             return
-        tiles = single_tile(row.image, self._shape.image_size, self._shape.patch)
+        tiles = preprocess(row.image, self._photos)
         arrays["pixels"][place] = tiles.pixels
         arrays["patch_valid"][place] = tiles.patch_valid
         arrays["tile_origin"][place] = tiles.origin
@@ -144,6 +151,14 @@ class BatchMaker:
         cut = slice(shape.text_length)
         masks = np.stack([np.ones(len(encoded.ids), bool), encoded.label_mask, encoded.query_mask])
         return _Text(encoded.ids[cut], encoded.prefix, masks[:, cut])
+
+
+def _photos(shape: Shape) -> ImageConfig:
+    """One view, or the one grid of tiles that the shape has room for."""
+    if shape.across == 1:
+        return ImageConfig("squash", shape.image_size, shape.patch)
+    whole = shape.across * shape.image_size
+    return ImageConfig("anyres", shape.image_size, shape.patch, ((whole, whole),))
 
 
 class _CellTables:

@@ -42,16 +42,18 @@ def make_loader(
     glyphs: GlyphsConfig | None = None,
     answers: bool | None = None,
 ) -> "Loader":
-    """A loader of batches with static shapes (B images, Q questions, N patches).
+    """A loader of batches with static shapes (B images, M views, Q questions, N patches).
 
-    B counts the rows that this process makes (`LoaderConfig.rows`).
-    pixels uint8 [B, 1, S, S, 3]; patch_valid [B, 1, N]; tile_origin [B, 1, 2];
+    B counts the rows that this process makes (`LoaderConfig.rows`). M is 1, or a thumbnail and its
+    tiles (`LoaderConfig.across`), as `preprocess` makes them.
+    pixels uint8 [B, M, S, S, 3]; patch_valid [B, M, N]; tile_origin [B, M, 2];
     prefix, prefix_valid [B, P]; tokens, token_valid, label_mask, query_mask [B, Q, T], padded on
     the right; row_valid, question, kind [B, Q]; index [B], the position in the source. With
-    `glyphs` also cell_words [B, N, 3 or 4] (ids of colour, glyph, place, card), cell_filled, glyph,
-    colour [B, N], evidence [B, Q, N] (cells that a question is about). Rows that only fill the last
-    batch repeat a real one: index, question and kind are -1, row_valid is False. `answers`: whether
-    texts hold their answers, label_mask over them (None: in training alone).
+    `glyphs` also cell_words [B, C, 3 or 4] (ids of colour, glyph, place, card), cell_filled, glyph,
+    colour [B, C], evidence [B, Q, C] (cells that a question is about): cells of the whole image,
+    row-major (`cells.at_patches` says what views show of them). Rows that only fill the last batch
+    repeat a real one: index, question and kind are -1, row_valid is False. `answers`: whether texts
+    hold their answers, label_mask over them (None: in training alone).
 
     Raises ValueError for an empty source, a batch larger than the source, sizes that do not match
     `glyphs`; while iterating, when this process meets too many corrupt images.
@@ -88,6 +90,7 @@ class Loader:
             config.text_length,
             config.image_size,
             config.patch,
+            config.across,
         )
         self._record = lru_cache(_RECORDS)(source.__getitem__)
         told = train if answers is None else answers
@@ -137,8 +140,11 @@ def _gold(record: Record, number: int) -> Gold:
 
 
 def _check_glyphs(config: LoaderConfig, glyphs: GlyphsConfig | None) -> None:
-    if glyphs is not None and (glyphs.image_size, glyphs.cell) != (config.image_size, config.patch):
+    whole = config.image_size * config.across, config.patch
+    if glyphs is not None and (glyphs.image_size, glyphs.cell) != whole:
         raise ValueError(
-            f"loader: image_size={config.image_size} and patch={config.patch} do not match glyphs"
-            f" of {glyphs.image_size} pixels in cells of {glyphs.cell}: a patch is a cell"
+            f"loader: image_size={config.image_size}, patch={config.patch} and across="
+            f"{config.across} do not match glyphs of {glyphs.image_size} pixels in cells of"
+            f" {glyphs.cell}: a patch is a cell, and an image is one view or k x k tiles, where"
+            " (k, k) is one of the model's grids and max_tiles is above k * k"
         )

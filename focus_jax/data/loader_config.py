@@ -59,7 +59,9 @@ class LoaderConfig(ReadingConfig):
 
     Training asks `questions` of each image's questions, drawn anew each epoch; evaluation asks
     all of them in order, or with `flat` one per row, in one pass, never shuffled. `text_length` and
-    `prefix_length` count tokens after and before the image.
+    `prefix_length` count tokens after and before the image. `image_size`, `patch`: sides of a view
+    and of its patches in pixels. `across`: an image is so many views wide and high; above 1 it is
+    shown as these tiles behind a thumbnail.
     """
 
     questions: int = 4
@@ -67,11 +69,14 @@ class LoaderConfig(ReadingConfig):
     prefix_length: int = 4
     image_size: int = 128
     patch: int = 8
+    across: int = 1
     flat: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_counts("questions", "text_length", "prefix_length", "image_size", "patch")
+        self.check_counts(
+            "questions", "text_length", "prefix_length", "image_size", "patch", "across"
+        )
         if self.image_size % self.patch:
             raise ValueError(
                 f"loader: image_size={self.image_size} is not a multiple of patch={self.patch}"
