@@ -66,13 +66,13 @@ def load_of(
 ) -> Load:
     """What a step of a stage amounts to; `method` is the stage's own, `request` that of a sample.
 
-    Without a request: one view, and the text that the embedded data are padded to. Scenes told in
-    words pass no tower: their tokens are counted, their operations are not.
+    Without a request: the views and the text of the embedded data, padded. Scenes told in words
+    pass no tower: their tokens are counted, their operations are not.
     """
     samples = stage.batch * stage.accumulate
     devices = layout.mesh.devices.flatten()
     if request is None:
-        request = Request(1, cfg.data.text_length, cfg.data.prefix_length, stage.questions)
+        request = Request(cfg.tiles, cfg.data.text_length, cfg.data.prefix_length, stage.questions)
     flops: float | None = None
     if stage.objective == "words":
         tokens = request.prefix + WORD_SLOTS + request.questions * request.text

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from focus_jax.compress.baselines import Pool
 from focus_jax.compress.method import Dims
 from focus_jax.evaluate.runner import Trained
 from focus_jax.models.vlm import dims_of
@@ -31,8 +32,8 @@ def spenders(run: Trained) -> dict[str, Words]:
     Cuts stand as early as the method allows: in a shallow decoder the layers before them weigh
     most. Proportions among a method's own knobs are its published ones.
     """
-    dims = dims_of(run.config.model, 1)
-    n, side, depth = dims.patches, dims.rows, dims.layers
+    dims = dims_of(run.config.model, run.config.tiles)
+    n, side, depth = dims.patches, dims.rows, dims.layers  # patches of one view
     seen = -min(2, run.config.model.vision.layers)  # the tower's last but one layer, if it has two
     third = [max(1, i * depth // 4) for i in (1, 2, 3)]  # 8, 16, 24 of 32
     near = f",neighbours={n - 1}" if n <= 32 else ""  # officially 32
@@ -59,7 +60,8 @@ def spenders(run: Trained) -> dict[str, Words]:
         return lambda x: f"{name}={x:.6f}"
 
     def square(name: str) -> Words:
-        return lambda x: f"{name}:size={max(1, int(side * x**0.5 + 1e-6))}"
+        sizes = squares(dims)
+        return lambda x: f"{name}:size={max(s for s in sizes if s <= max(1, side * x**0.5 + 1e-6))}"
 
     def until(x: float) -> int:
         return max(1, int(depth * x))
@@ -89,6 +91,19 @@ def spenders(run: Trained) -> dict[str, Words]:
     }
 
 
+def squares(dims: Dims) -> tuple[int, ...]:
+    """Sides of the grids that a view can be pooled to, rising: in stitched images its divisors."""
+
+    def stands(size: int) -> bool:
+        try:
+            Pool(size).check(dims)
+        except ValueError:
+            return False
+        return True
+
+    return tuple(filter(stands, range(1, dims.rows + 1)))
+
+
 def behind_uniform(dims: Dims) -> dict[str, Words]:
     """Cuts at their published shares behind uniform sampling: what a shallow decoder can afford."""
     third = "/".join(str(max(1, i * dims.layers // 4)) for i in (1, 2, 3))
@@ -115,7 +130,7 @@ def spending(run: Trained, name: str, share: float) -> Spending:
     A cut that cannot spend so little by itself, or only far less, stands behind uniform sampling.
     ValueError: an unknown name.
     """
-    dims = dims_of(run.config.model, 1)
+    dims = dims_of(run.config.model, run.config.tiles)
     alone, behind = spenders(run), behind_uniform(dims)
     if name not in alone:
         raise ValueError(f"no budgets are known for {name!r}: choose from {', '.join(alone)}")

@@ -15,7 +15,7 @@ def step_flops(cfg: Experiment, stage: TrainStage, method: Method) -> float:
 
     Backward counts twice forward, where something learns: a frozen tower is run forward only.
     """
-    dims = dims_of(cfg.model, 1)
+    dims = dims_of(cfg.model, cfg.tiles)
     cost = plan(
         method, dims, sizes_of(cfg.model), cfg.data.text_length, train=True,
         prefix_tokens=cfg.data.prefix_length, questions=stage.questions,

@@ -118,9 +118,9 @@ class Trained:
 
     def plan(self, method: Method) -> Plan:
         """What a question's prefill costs with this method."""
-        data = self.config.data
+        model, data = self.config.model, self.config.data
         return plan(
-            method, dims_of(self.config.model, 1), sizes_of(self.config.model), data.text_length,
+            method, dims_of(model, self.config.tiles), sizes_of(model), data.text_length,
             prefix_tokens=data.prefix_length, head_tokens=1,
         )  # fmt: skip
 

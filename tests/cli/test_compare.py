@@ -1,14 +1,16 @@
 """Every method spends an equal share of slots, is scored once, and stands in the table."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from focus_jax.cli.compare import main
-from focus_jax.evaluate.budgets import behind_uniform, spenders, spending
+from focus_jax.evaluate.budgets import behind_uniform, spenders, spending, squares
 from focus_jax.evaluate.runner import read_run
 from focus_jax.methods import METHODS, SAMPLERS
 from focus_jax.models.vlm import dims_of
+from tests.micro import get_tiled
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,25 @@ def test_what_cannot_be_spent_is_told(run):
     assert spending(run, "vision_only", 0.01).asked == ""
     with pytest.raises(ValueError, match="no budgets are known for 'full'"):
         spending(run, "full", 0.5)
+
+
+def test_in_a_stitched_image_squares_divide_a_view(run):
+    tiled = replace(run, config=get_tiled())
+    assert squares(dims_of(run.config.model, 1)) == (1, 2, 3, 4)
+    assert squares(dims_of(tiled.config.model, tiled.config.tiles)) == (1, 2, 4)
+    for name in ("pool", "downsample"):
+        # Five views of 9 of 16 patches would be 0.56: the next square that stands is taken.
+        assert spending(tiled, name, 0.6).asked == f"{name}:size=2"
+        assert spending(run, name, 0.6).asked == f"{name}:size=3"
+
+
+def test_budgets_of_a_view_are_met_over_all_tiles(run):
+    tiled = replace(run, config=get_tiled())
+    for name in set(spenders(tiled)) - {"pyramiddrop", "sparsevlm"}:  # cuts at three layers
+        one = spending(tiled, name, 0.5)
+        cost = tiled.plan(tiled.method(one.asked))
+        assert cost.tiles == 5 and cost.full == 5 * 16 + 8
+        assert one.share == cost.mean_share <= 0.5 * 1.005, one
 
 
 def test_the_command_scores_once_and_goes_on(micro, tmp_path, capsys):
