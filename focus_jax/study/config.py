@@ -169,7 +169,7 @@ def at_share(base: Experiment, name: str, share: float) -> str:
 
 def behind_uniform_at(base: Experiment, name: str, share: float) -> str:
     """A method's cuts at their published shares behind uniform sampling, as `at_share`."""
-    words = behind_uniform(dims_of(base.model, 1))[name]
+    words = behind_uniform(dims_of(base.model, base.tiles))[name]
     found = most(costs(base), words, share)
     if found is None:
         raise ValueError(f"{name} behind uniform sampling cannot spend {share:.1%} of the slots")

@@ -8,6 +8,7 @@ a control: the lowest ranked ones, ones drawn at random, and the cells that the 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isqrt
 from typing import Literal
 
 import jax
@@ -18,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from focus_jax.compress.method import Context, Kept, LayerView, Method, block_key
 from focus_jax.compress.select import keep_count, keep_slots, top_k_in_order
 from focus_jax.compress.text_guided import TextGuided
+from focus_jax.data.cells import first_tile, tiles_across, views
 from focus_jax.models.params import canonical, named_leaves, with_method
 from focus_jax.models.streams import Streams, pack, renumber, select_visual, unpack
 from focus_jax.models.vlm import VLM
@@ -129,17 +131,18 @@ def check_model(model: VLM) -> None:
 
 
 def check_evidence(batches: Sequence[Batch]) -> None:
-    """ValueError unless the batches tell which cells a question is about, for one view."""
+    """ValueError unless the batches tell which of the cells in view a question is about."""
     for batch in batches:
         if "evidence" not in batch:
             raise ValueError(
-                "the oracle needs `evidence` [B, Q, N] in every batch, which the loader of the "
+                "the oracle needs `evidence` [B, Q, C] in every batch, which the loader of the "
                 "embedded set gives with `glyphs`: use it, or leave the oracle out of `rankings`"
             )
-        if batch["pixels"].shape[1] != 1:
+        cells, (m, n) = batch["evidence"].shape[-1], batch["patch_valid"].shape[1:]
+        if m != views(tiles_across(cells, n)):
             raise ValueError(
-                f"the oracle knows the cells of one view, and an image here has "
-                f"{batch['pixels'].shape[1]}: leave it out of `rankings`"
+                f"the oracle knows the {cells} cells of an image, and {m} views of {n} patches are "
+                "none of these: leave it out of `rankings`"
             )
 
 
@@ -198,18 +201,20 @@ def score_of(
         score = replace(cut, rank="most", queries=kind.queries).score(view, ctx)
         return score if kind.rank == "top" else -score
     noise = replace(cut, rank="random").score(view, ctx)  # in [0, 1)
-    return (
-        noise if kind.rank == "random" else evidence_at(s, jnp.asarray(batch["evidence"])) + noise
-    )
+    if kind.rank == "random":
+        return noise
+    return evidence_at(s, jnp.asarray(batch["evidence"]), batch["patch_valid"].shape[-1]) + noise
 
 
-def evidence_at(s: Streams, evidence: Bool[Array, "B Q N"]) -> Float[Array, "B Q V"]:
+def evidence_at(s: Streams, evidence: Bool[Array, "B Q C"], patches: int) -> Float[Array, "B Q V"]:
     """1 at the visual tokens of the cells that a question is about, else 0; newlines are none.
 
-    For one view whose every patch is a token: the grid is square, cells row-major.
+    For views of `patches` patches, each of them a token. A thumbnail's are no evidence: what it
+    shows cannot be read at its scale.
     """
-    side = round(evidence.shape[-1] ** 0.5)
+    side = isqrt(evidence.shape[-1])
+    tile = s.view >= first_tile(tiles_across(evidence.shape[-1], patches))
     at = (s.centre[..., 0] * side + s.centre[..., 1]).astype(jnp.int32)  # [B V]
     at = jnp.broadcast_to(at[:, None], (*evidence.shape[:2], at.shape[-1]))
     found = jnp.take_along_axis(evidence, at, axis=-1)
-    return (found & ~s.newline[:, None]).astype(jnp.float32)
+    return (found & (tile & ~s.newline)[:, None]).astype(jnp.float32)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 from focus_jax.compress.method import Context
 from focus_jax.compress.vision_guided import VisionGuided
+from focus_jax.data.cells import at_patches
 from focus_jax.models.vlm import VLM
 from focus_jax.objectives import inputs_of
 from focus_jax.study.answers import Batch, device_part, image_keys
@@ -68,6 +69,7 @@ class Routing:
 def route(model: VLM, batches: Sequence[Batch], key: Array | None = None) -> Regions:
     """The regions of a split's images under a model whose method has a vision-guided sampler.
 
+    Those of every view that it samples; a thumbnail's patch holds a glyph if any of its cells does.
     Padding, unreadable images and regions without a valid patch are left out. `key` as for
     `answer`. Models that differ in weights alone share one compiled program.
     ValueError: another vision stage, or batches without `cell_filled`.
@@ -86,9 +88,11 @@ def route(model: VLM, batches: Sequence[Batch], key: Array | None = None) -> Reg
                 "the batches do not tell which cells hold a glyph (`cell_filled`): make them with "
                 "`read_batches`"
             )
-        spent = np.asarray(spend(model, device_part(batch), image_keys(key, batch)))[:, -1]
-        glyphs = glyphs_of(np.asarray(batch["cell_filled"]), stage.region)
-        real = np.any(batch["row_valid"], axis=-1, keepdims=True) & (spent > 0)
+        spent = np.asarray(spend(model, device_part(batch), image_keys(key, batch)))
+        filled = at_patches(np.asarray(batch["cell_filled"]), batch["patch_valid"].shape[-1])
+        # A thumbnail that keeps every patch has no regions.
+        glyphs = glyphs_of(filled[:, -spent.shape[1] :], stage.region)
+        real = np.any(batch["row_valid"], axis=-1)[:, None, None] & (spent > 0)
         content.append(glyphs[real])
         tokens.append(spent[real])
     return Regions(np.concatenate(content), np.concatenate(tokens), stage.cost[-1])
@@ -103,12 +107,12 @@ def tokens_spent(vlm: VLM, batch: Mapping[str, Array], keys: Array) -> Int[Array
 spend = jax.jit(tokens_spent)
 
 
-def glyphs_of(filled: Bool[np.ndarray, "B N"], region: int) -> Int[np.ndarray, "B R"]:
-    """Glyphs of each square region of `region` x `region` patches, row-major."""
-    side = round(filled.shape[-1] ** 0.5)
+def glyphs_of(filled: Bool[np.ndarray, "*B N"], region: int) -> Int[np.ndarray, "*B R"]:
+    """Glyphs of each square region of `region` x `region` patches of a view, row-major."""
+    lead, side = filled.shape[:-1], round(filled.shape[-1] ** 0.5)
     up = side // region
-    grid = filled.reshape(len(filled), up, region, up, region)
-    return grid.sum((2, 4)).reshape(len(filled), up * up)
+    grid = filled.reshape(*lead, up, region, up, region)
+    return grid.sum((-3, -1)).reshape(*lead, up * up)
 
 
 def summarise(regions: Regions) -> Routing:

@@ -335,9 +335,10 @@ def gather(
     routed = [routed_of(one, seeds) for one in routed_rows(study)] if "routing" in parts else []
     return Results(
         size=size, seeds=study.seeds, images=len(kind), layers=study.base.model.decoder.layers,
-        patches=study.base.model.vision.patches, cut_layer=sampler.layer, cut_keep=sampler.keep,
-        cut_queries=sampler.queries, device=jax.devices()[0].device_kind, seconds=spent,
-        rows=tuple(rows), kind=kind, curves=curves, routed=tuple(routed), chosen=chosen,
+        patches=study.base.tiles * study.base.model.vision.patches, cut_layer=sampler.layer,
+        cut_keep=sampler.keep, cut_queries=sampler.queries, device=jax.devices()[0].device_kind,
+        seconds=spent, rows=tuple(rows), kind=kind, curves=curves, routed=tuple(routed),
+        chosen=chosen,
         parts=tuple((arm.name, arm.against) for arm in study.arms if arm.role == "part"),
     )  # fmt: skip
 

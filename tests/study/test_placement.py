@@ -89,11 +89,13 @@ def test_evidence_lies_at_its_cells_whatever_the_order_of_the_tokens():
     newline = np.zeros((1, 17), bool)
     newline[0, 16] = True
     s = SimpleNamespace(
-        centre=jnp.asarray(np.concatenate([centre, [[0, 0]]]))[None], newline=jnp.asarray(newline)
+        centre=jnp.asarray(np.concatenate([centre, [[0, 0]]]))[None],
+        newline=jnp.asarray(newline),
+        view=jnp.zeros((1, 17), jnp.int32),
     )
     evidence = np.random.default_rng(1).random((1, 3, 16)) < 0.5
     evidence[..., 0] = True  # the cell that the newline claims to be at
-    found = np.asarray(evidence_at(s, jnp.asarray(evidence)))  # type: ignore[arg-type]
+    found = np.asarray(evidence_at(s, jnp.asarray(evidence), 16))  # type: ignore[arg-type]
     np.testing.assert_array_equal(found[..., :16], evidence[..., order])
     assert not found[..., 16].any()
 
