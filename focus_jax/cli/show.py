@@ -14,13 +14,14 @@ from focus_jax.cli.arguments import Parser, argv_or, not_negative, whole_numbers
 from focus_jax.cli.common import friendly
 from focus_jax.compress.method import Context
 from focus_jax.compress.vision_guided import VisionGuided
+from focus_jax.data.cells import at_cells, first_tile, tiles_alone
 from focus_jax.data.glyph_config import SPLITS
 from focus_jax.data.images import decode
 from focus_jax.data.loader import Gold
 from focus_jax.data.sources import Record, Source
 from focus_jax.evaluate.runner import InitSamplers, Trained, read_run
 from focus_jax.generate import Generator, texts
-from focus_jax.models.vlm import VLM, Inputs, Output, dims_of
+from focus_jax.models.vlm import VLM, Inputs, Output
 from focus_jax.objectives import inputs_of
 from focus_jax.report import SamplerView, sampler_figure
 from focus_jax.sampling import Sampling
@@ -120,22 +121,29 @@ def look(run: Trained, model: VLM, inputs: Inputs, golds: Sequence[Gold]) -> lis
     generate = Generator(model, Sampling(run.config.eval.max_new_tokens, stop=stop))
     said = texts(run.tokenizer, np.asarray(generate(inputs, key)))
     return [
-        view(model, out, row, gold, prediction)
+        view(model, run.config.across, out, row, gold, prediction)
         for row, (gold, prediction) in enumerate(zip(golds, said, strict=True))
     ]
 
 
-def view(model: VLM, out: Output, row: int, gold: Gold, prediction: str) -> SamplerView:
-    """What a picture needs of one question."""
-    dims = dims_of(model.cfg, 1)
-    grid = (dims.rows, dims.cols)
+def view(
+    model: VLM, across: int, out: Output, row: int, gold: Gold, prediction: str
+) -> SamplerView:
+    """What a picture needs of one question on an image of `across` x `across` tiles.
+
+    Of the tiles alone, which show all of the image: a thumbnail would lie over them.
+    """
+    grid = (across * model.cfg.vision.grid,) * 2
     centre, side = np.asarray(out.visual.centre[row]), np.asarray(out.visual.side[row])
+    own = np.asarray((out.visual.view[row] >= first_tile(across)) & ~out.visual.newline[row])
     layers = []
     for seen, slot in out.importance:
         place = present(np.asarray(slot[row]), np.asarray(out.visual.valid[row]))
+        place = place[own[np.asarray(slot[row])[place]]]
         at = np.asarray(slot[row])[place]
         layers += [spread(grid, centre[at], side[at], w[place]) for w in np.asarray(seen[:, row])]
     kept = np.asarray(out.streams.slot[row])[np.asarray(out.streams.visual_valid[row])]
+    kept = kept[own[kept]]
     region = region_of(model, grid)
     return SamplerView(
         question=gold.question,
@@ -143,7 +151,7 @@ def view(model: VLM, out: Output, row: int, gold: Gold, prediction: str) -> Samp
         prediction=prediction,
         grid=grid,
         region=(region, region),
-        scale_map=scale_map(out, row, grid, region),
+        scale_map=scale_map(out, row, own, across, grid, region),
         kept=centre[kept] + 0.5,  # from the middle of the first patch to its corner
         kept_size=side[kept],
         importance=np.stack(layers),
@@ -180,13 +188,19 @@ def region_of(model: VLM, grid: tuple[int, int]) -> int:
 
 
 def scale_map(
-    out: Output, row: int, grid: tuple[int, int], region: int
+    out: Output,
+    row: int,
+    own: Bool[np.ndarray, " V"],
+    across: int,
+    grid: tuple[int, int],
+    region: int,
 ) -> Int[np.ndarray, "Rr Rc"]:
-    """Tokens of each region: what the sampler chose, otherwise counted from their centres."""
+    """Tokens of each region: what the sampler chose, otherwise counted from centres of `own`."""
     shape = (grid[0] // region, grid[1] // region)
     if (chosen := out.aux.maps.get("vision/tokens_per_region")) is not None:
-        return np.asarray(chosen[row, 0]).reshape(shape)
-    valid = np.asarray(out.visual.valid[row] & ~out.visual.newline[row])
+        tiles = tiles_alone(np.asarray(chosen[row : row + 1]))
+        return at_cells(tiles[..., None]).reshape(shape)
+    valid = np.asarray(out.visual.valid[row]) & own
     at = ((np.asarray(out.visual.centre[row])[valid] + 0.5) // region).astype(int)
     counts = np.zeros(shape, int)
     np.add.at(counts, (at[:, 0], at[:, 1]), 1)

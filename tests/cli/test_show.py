@@ -1,5 +1,7 @@
 """`focus_jax show` draws what the model really kept."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,6 +9,7 @@ from PIL import Image
 from focus_jax.cli.show import draw, main, present, spread
 from focus_jax.evaluate.runner import read_run
 from focus_jax.workdir import data_source
+from tests.micro import get_tiled
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,39 @@ def test_a_method_without_regions_counts_its_tokens(run, tmp_path):
     assert view.scale_map.tolist() == [[16]]
     assert (len(view.kept), view.cut_layers, view.importance.shape) == (16, (), (2, 4, 4))
     assert sorted(map(tuple, view.kept)) == [(r + 0.5, c + 0.5) for r in range(4) for c in range(4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["focusllava", "full"])
+def test_of_an_image_in_tiles_the_tiles_are_shown(run, tmp_path, method):
+    config = get_tiled()
+    model = replace(config.model, decoder=run.config.model.decoder)
+    data = replace(config.data, directory=str(tmp_path / "data"))
+    newline = np.zeros(model.decoder.width, np.float32)
+    tiled = replace(
+        run,
+        config=replace(config, model=model, data=data),
+        tree={**run.tree, "image_newline": newline},
+    )
+    [view] = draw(tiled, method, "test", 0, (1,), tmp_path / "picture.png")
+    assert view.grid == (8, 8) and view.importance.shape == (2, 8, 8)
+    region = 2 if method == "focusllava" else 4
+    assert view.scale_map.shape == (8 // region, 8 // region)
+    # Tokens of all tiles together cover the image, and no other lies over them.
+    assert np.isfinite(view.importance[0]).all()
+    area = (view.kept_size**2).sum()
+    assert np.isfinite(view.importance[1]).sum() == area
+    if method == "full":
+        assert (view.scale_map == 16).all()
+        places = [(r + 0.5, c + 0.5) for r in range(8) for c in range(8)]
+        assert sorted(map(tuple, view.kept)) == places
+    else:
+        assert all(0 < t <= 8 for t in tile_sums(view.scale_map))
+
+
+def tile_sums(scale_map):
+    """Tokens of each of 2 x 2 tiles."""
+    return scale_map.reshape(2, 2, 2, 2).sum((1, 3)).ravel().tolist()
 
 
 def test_command_and_its_errors(micro, tmp_path, capsys):
