@@ -5,12 +5,12 @@ save time. All baselines spend FocusLLaVA's own mean slots.
 """
 
 from dataclasses import replace
-from math import ceil
 
 import glyphs_base
 import glyphs_focus
 import glyphs_language
 
+from focus_jax.evaluate.budgets import squares
 from focus_jax.experiment import Experiment
 from focus_jax.models.vlm import dims_of
 from focus_jax.study.config import Arm, Study, at_share, behind_uniform_at, mean_share
@@ -62,7 +62,8 @@ def arms(base: Experiment) -> tuple[Arm, ...]:
 def plain(base: Experiment, name: str, share: float) -> str:
     """A scheme that looks at nothing, with no fewer slots than `share`: squares come in steps."""
     if name in ("pool", "downsample"):
-        return f"{name}:size={ceil((share * dims_of(base.model, 1).patches) ** 0.5)}"
+        dims = dims_of(base.model, base.tiles)
+        return f"{name}:size={min(s for s in squares(dims) if s**2 >= share * dims.patches)}"
     return at_share(base, name, share)
 
 
@@ -78,7 +79,7 @@ def vtw(layers: int) -> str:
 
 
 def get_study(size: str = "cpu") -> Study:
-    """`cpu`: minutes a seed on a few cores. `gpu`: larger images and model, three seeds."""
+    """`cpu`: minutes a seed on a few cores. `gpu`: images in tiles, a larger model, three seeds."""
     base = glyphs_base.get_config()
     if size == "cpu":
         joint = replace(glyphs_focus.JOINT, steps=70, batch=12)
@@ -94,29 +95,34 @@ def get_study(size: str = "cpu") -> Study:
         )
     base = larger(base)
     joint = replace(glyphs_focus.JOINT, steps=4 * glyphs_focus.JOINT.steps, batch=32)
+    joint = replace(joint, train=(*joint.train, "image_newline"))
     layers = base.model.decoder.layers
     return Study(base, joint, arms(base), seeds=(0, 1, 2), layers=tuple(range(layers)), batch=32)
 
 
 def larger(base: Experiment) -> Experiment:
-    """Twice the side of the image, eight decoder layers trained from nothing, the same shares."""
-    glyphs, vision, decoder = base.data.glyphs, base.model.vision, base.model.decoder
+    """Twice the side of the image, shown as a thumbnail and 2 x 2 tiles to the same tower.
+
+    Eight decoder layers trained from nothing, the same shares.
+    """
+    glyphs, decoder = base.data.glyphs, base.model.decoder
     side = 2 * glyphs.grid
     glyphs = replace(glyphs, grid=side, validation=256, test=512)
-    vision = replace(vision, image_size=2 * vision.image_size)
+    # 5 x 256 patches, 32 newlines, and the text.
     decoder = replace(decoder, layers=2 * decoder.layers, max_position=2048)
-    sampler = replace(base.compress.vision, budget=4 * base.compress.vision.budget)
+    # The vision sampler's budget is a view's, and views are as large as before: it stays.
     text = replace(base.compress.text, layer=2 * base.compress.text.layer)
     language = tuple(  # no decoder of this size lies ready
         replace(stage, glyphs=replace(stage.glyphs, grid=side))
         for stage in glyphs_language.get_config().train.stages
         if stage.glyphs
     )
+    model = replace(base.model, max_tiles=5, image_newline=True, grids=((2, 2),))
     return replace(
         base,
         name=f"{base.name}_gpu",
-        model=replace(base.model, vision=vision, decoder=decoder, attention="xla"),
-        compress=replace(base.compress, vision=sampler, text=text),
+        model=replace(model, decoder=decoder, attention="xla"),
+        compress=replace(base.compress, text=text),
         data=replace(base.data, glyphs=glyphs),
         train=replace(base.train, stages=(*language, *base.train.stages), init_from=""),
     )

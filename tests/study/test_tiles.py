@@ -8,13 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from focus_jax.cli.study import PROGRAM
 from focus_jax.compress.method import Context
 from focus_jax.evaluate.runner import Trained
 from focus_jax.models import params as names
 from focus_jax.models.vlm import VLM
 from focus_jax.objectives import inputs_of
+from focus_jax.sharding import make_layout
+from focus_jax.step import abstract_step
 from focus_jax.study.answers import answer, device_part, image_keys, read_batches
-from focus_jax.study.config import Arm, Study, check
+from focus_jax.study.asked import method_rows
+from focus_jax.study.config import Arm, Study, arm_of, check, costs, load_study, method_of
 from focus_jax.study.placement import Ranking, chosen, evidence_at, place
 from focus_jax.study.routing import route
 from focus_jax.study.run import run_study
@@ -146,6 +150,39 @@ def test_patches_hold_what_their_cells_hold(batch):
             row, col = divmod(patch, 4)
             under = filled.reshape(8, 8)[2 * row : 2 * row + 2, 2 * col : 2 * col + 2]
             assert content[b, 0, patch] == under.any()
+
+
+def test_every_method_of_the_larger_study_has_a_plan_in_tiles():
+    asked = check(load_study(PROGRAM, "gpu"))
+    base, free = asked.base, costs(asked.base)
+    assert (base.across, base.tiles, base.model.vision.patches) == (2, 5, 256)
+    assert base.model.vision == load_study(PROGRAM, "cpu").base.model.vision
+    longest = 5 * 256 + 32 + base.data.text_length + base.data.prefix_length
+    assert longest <= base.model.decoder.max_position
+    spent = {}
+    for arm in asked.arms:
+        cost = free.plan(method_of(base, arm.method))
+        assert cost.full == 5 * 256 + 32 and cost.tiles == 5
+        spent[arm.name] = cost.mean_share
+    assert spent["full"] == 1 and 0.15 < spent["focusllava"] < 0.25
+    for name in ("random", "uniform", "pool", "downsample", "prumerge"):
+        assert spent[name] == pytest.approx(spent["focusllava"], abs=0.05), name
+    for share in asked.shares:
+        rows = {row.name: row.text for row in method_rows(asked, free, share)}
+        assert set(rows) == set(asked.methods)  # none is left out
+        for name, text in rows.items():
+            assert free.plan(method_of(base, text)).mean_share <= 1.005 * share, name
+
+
+@pytest.mark.slow
+def test_a_step_of_the_larger_study_can_be_traced():
+    asked = load_study(PROGRAM, "gpu")
+    layout = make_layout("data", 1)
+    for arm in (asked.arm("full"), asked.arm("ours")):
+        cfg = arm_of(asked, arm, 0, "")
+        step, arguments = abstract_step(cfg, asked.joint, layout, cfg.tiles)
+        _, metrics = jax.eval_shape(step, *arguments)
+        assert metrics["loss"].shape == ()
 
 
 @pytest.mark.slow
