@@ -209,8 +209,8 @@ def score_of(
 def evidence_at(s: Streams, evidence: Bool[Array, "B Q C"], patches: int) -> Float[Array, "B Q V"]:
     """1 at the visual tokens of the cells that a question is about, else 0; newlines are none.
 
-    For views of `patches` patches, each of them a token. A thumbnail's are no evidence: what it
-    shows cannot be read at its scale.
+    For views of `patches` patches, each of them a token. A thumbnail's are no evidence: its scale
+    is taken for unreadable.
     """
     side = isqrt(evidence.shape[-1])
     tile = s.view >= first_tile(tiles_across(evidence.shape[-1], patches))

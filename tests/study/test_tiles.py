@@ -10,10 +10,11 @@ import pytest
 
 from focus_jax.cli.study import PROGRAM
 from focus_jax.compress.method import Context
+from focus_jax.data.sources import FreshSource
 from focus_jax.evaluate.runner import Trained
 from focus_jax.models import params as names
 from focus_jax.models.vlm import VLM
-from focus_jax.objectives import inputs_of
+from focus_jax.objectives import WORD_SLOTS, inputs_of
 from focus_jax.sharding import make_layout
 from focus_jax.step import abstract_step
 from focus_jax.study.answers import answer, device_part, image_keys, read_batches
@@ -22,7 +23,7 @@ from focus_jax.study.config import Arm, Study, arm_of, check, costs, load_study,
 from focus_jax.study.placement import Ranking, chosen, evidence_at, place
 from focus_jax.study.routing import route
 from focus_jax.study.run import run_study
-from focus_jax.workdir import glyph_tokenizer
+from focus_jax.workdir import glyph_tokenizer, make_train_loader
 from tests.micro import get_tiled
 from tests.quick import compiled
 
@@ -172,6 +173,22 @@ def test_every_method_of_the_larger_study_has_a_plan_in_tiles():
         assert set(rows) == set(asked.methods)  # none is left out
         for name, text in rows.items():
             assert free.plan(method_of(base, text)).mean_share <= 1.005 * share, name
+
+
+def test_scenes_of_the_larger_study_fit_its_batches():
+    base = load_study(PROGRAM, "gpu").base
+    tokenizer = glyph_tokenizer(base.data)
+    for stage in base.train.stages:
+        glyphs = stage.glyphs or base.data.glyphs
+        assert glyphs.filled <= WORD_SLOTS and glyphs.grid == 32
+        own = replace(stage, batch=4, questions=glyphs.questions)
+        batches = iter(make_train_loader(base, {"": FreshSource(glyphs, 0, 4)}, tokenizer, own, 0))
+        batch = next(batches)
+        batches.close()
+        assert batch["pixels"].shape == (4, 5, 128, 128, 3)
+        assert batch["cell_words"].shape[1] == batch["evidence"].shape[-1] == 1024
+        assert batch["label_mask"].any(-1).all()
+        assert not (batch["tokens"] == tokenizer.unk_token_id).any()
 
 
 @pytest.mark.slow
