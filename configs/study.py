@@ -82,7 +82,7 @@ def get_study(size: str = "cpu") -> Study:
     """`cpu`: minutes a seed on a few cores. `gpu`: images in tiles, a larger model, three seeds."""
     base = glyphs_base.get_config()
     if size == "cpu":
-        joint = replace(glyphs_focus.JOINT, steps=70, batch=12)
+        joint = replace(glyphs_focus.JOINT, steps=100, batch=12)
         return Study(
             base,
             joint,

@@ -10,7 +10,7 @@ import pytest
 
 from focus_jax.cli import study
 from focus_jax.experiment import load_program
-from focus_jax.study import run
+from focus_jax.study import seed
 from focus_jax.study.clock import Clock
 from focus_jax.study.config import Arm, Study, arm_of, base_of, check, load_study, overridden
 from focus_jax.study.processes import at_once
@@ -100,7 +100,7 @@ def test_from_nothing_to_the_page(micro, program, tmp_path, monkeypatch, capsys)
 
 def forbid(monkeypatch, *names):
     for name in names:
-        monkeypatch.setattr(run, name, lambda *a, n=name, **k: pytest.fail(f"{n} again"))
+        monkeypatch.setattr(seed, name, lambda *a, n=name, **k: pytest.fail(f"{n} again"))
 
 
 def test_arms_share_a_base_and_are_aligned_where_there_is_a_router(program):
@@ -118,7 +118,7 @@ def test_arms_share_a_base_and_are_aligned_where_there_is_a_router(program):
 
 def test_every_second_seed_goes_the_other_way(program, tmp_path):
     asked = replace(load_study(program, "cpu"), seeds=(5, 7, 9))
-    orders = [run.Seed(asked, tmp_path, n, Clock({})).in_turn(range(7)) for n in asked.seeds]
+    orders = [seed.Seed(asked, tmp_path, n, Clock({})).in_turn(range(7)) for n in asked.seeds]
     assert orders == [[0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5, 6]]
 
 
