@@ -2,12 +2,13 @@
 # Another interpreter: make setup PYTHON=python3.12
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/setup.stamp
+RUNS := .venv/setup.stamp
+TESTS := .venv/tests.stamp
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .PHONY: setup demo test test-slow test-all test-tpu lint clean
 
-setup: $(STAMP)
+setup: $(RUNS)
 
 $(BIN)/pip:
 	@"$(PYTHON)" -c "$(IS_NEW_ENOUGH)" 2>/dev/null || { \
@@ -15,26 +16,31 @@ $(BIN)/pip:
 	  echo "Name another interpreter: make setup PYTHON=python3.12"; exit 1; } >&2
 	"$(PYTHON)" -m venv .venv
 
-# The stamp is written last: an interrupted setup starts again, a finished one costs nothing.
-$(STAMP): requirements.txt requirements-test.txt pyproject.toml | $(BIN)/pip
+# Stamps are written last: an interrupted setup starts again, a finished one costs nothing.
+$(RUNS): requirements.txt pyproject.toml | $(BIN)/pip
 	@$(BIN)/python -c "$(IS_NEW_ENOUGH)" || { \
 	  echo ".venv holds $$($(BIN)/python -V), focus_jax needs 3.11 or newer."; \
 	  echo "Remove .venv and run make setup again."; exit 1; } >&2
 	@echo "Installing into .venv; the first time this takes some minutes."
-	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-test.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+# What tests and checks need besides, torch the largest of it: the demo does without.
+$(TESTS): requirements-test.txt $(RUNS)
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-test.txt
 	@touch $@
 
 demo: setup
 	$(BIN)/python -m focus_jax demo --workdir runs/demo
 
-test: setup
+test: $(TESTS)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: setup
+test-slow: $(TESTS)
 	$(BIN)/python -m pytest -n 2 -m slow
 
-test-all: setup
+test-all: $(TESTS)
 	$(BIN)/python -m pytest -n 2
 
 # The compiler for TPUs, as jax pins it, in a folder of its own: .venv stays free of it.
@@ -47,10 +53,10 @@ $(TPU)/libtpu: | setup
 	  "$$($(BIN)/python -c '$(LIBTPU)')"
 
 # Programs compiled for TPUs that are not here; the other tests leave these out.
-test-tpu: setup $(TPU)/libtpu
+test-tpu: $(TESTS) $(TPU)/libtpu
 	PYTHONPATH=$(TPU) $(BIN)/python -m pytest tests/pods
 
-lint: setup
+lint: $(TESTS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -91,7 +91,6 @@ def get_study(size: str = "cpu") -> Study:
             validation=64,
             test=128,
             placed=64,
-            timed_share=0.0,
         )
     base = larger(base)
     joint = replace(glyphs_focus.JOINT, steps=4 * glyphs_focus.JOINT.steps, batch=32)
