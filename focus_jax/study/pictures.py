@@ -153,10 +153,11 @@ def time_plot(r: Results, path: Path) -> bool:
 
 
 def pareto(path: Path, points: Sequence[tuple[Row, float]], xlabel: str) -> bool:
-    """Accuracy over a cost; the best so far from the left is joined and named."""
+    """Accuracy over a cost; the best so far from the left is joined. It is named, and so are ours
+    and full."""
     if not points:
         return False
-    figure = Figure(figsize=(8.5, 5.2), dpi=130, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(9.5, 5.2), dpi=130, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     for trained, name, marker in ((True, "trained with", "s"), (False, "put on as it is", "o")):
         own = [(x, 100 * row.accuracy.value) for row, x in points if row.trained is trained]
@@ -167,15 +168,24 @@ def pareto(path: Path, points: Sequence[tuple[Row, float]], xlabel: str) -> bool
     axes.plot(
         [x for _, x in best], [100 * row.accuracy.value for row, _ in best], lw=1, color="#888888"
     )
-    for row, x in best:
-        spot = (x, 100 * row.accuracy.value)
-        axes.annotate(
-            row.name, spot, xytext=(5, -11), textcoords="offset points", fontsize=8
-        )  # fmt: skip
+    ours = [p for p in points if p[0].trained and p[0].role in ("full", "ours") and p not in best]
+    named(axes, [*best, *ours])
     framed(axes, xlabel, "accuracy (%)")
     axes.legend(frameon=False, fontsize=9)
     save(figure, path)
     return True
+
+
+def named(axes: Axes, points: Sequence[tuple[Row, float]]) -> None:
+    """Names in a column on the right, a line to each point: on the plot they would overlap."""
+    spots = sorted(points, key=lambda p: (-p[0].accuracy.value, p[1]))
+    for place, (row, x) in enumerate(spots):
+        accuracy = row.accuracy.value
+        axes.annotate(
+            f"{row.name} ({accuracy:.1%})", (x, 100 * accuracy),
+            xytext=(1.03, 0.96 - 0.05 * place), textcoords="axes fraction", fontsize=8,
+            va="center", arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#888888"},
+        )  # fmt: skip
 
 
 def frontier(points: Sequence[tuple[Row, float]]) -> list[tuple[Row, float]]:
