@@ -18,7 +18,6 @@ from focus_jax.cli import train
 from focus_jax.cli.launch import free_port
 from focus_jax.distributed import Place, make_place
 from focus_jax.preemption import PREEMPTED, Preemption
-from tests.launched import own_lines
 
 ROOT = Path(__file__).parents[1]
 SLURM = {
@@ -221,7 +220,8 @@ def test_a_run_survives_faults_and_moves_between_meshes(tmp_path):
     assert 7 <= stopped < 12
     assert f"[0] stopped by SIGTERM at step {stopped} of 12" in done.stderr
     assert "[1] stopped" not in done.stderr
-    assert own_lines(done.stdout) == []
+    # Gloo writes to stdout as well, in pieces.
+    assert not re.search("stopped|checkpoint|step|loss|error", done.stdout)
 
     # Another mesh, and one process: it starts from the same bits.
     done = job.run((), "run", "fsdp=2,tensor=2", devices=4)

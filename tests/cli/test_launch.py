@@ -9,7 +9,6 @@ import time
 import pytest
 
 from focus_jax.cli import launch
-from tests.launched import own_lines
 
 
 def program(tmp_path, code):
@@ -113,22 +112,3 @@ def test_help_tells_the_exit_codes(capsys):
     assert (
         "Exit code: that of the first that failed" in said and "75: all stopped by SIGTERM" in said
     )
-
-
-def test_own_lines_leaves_out_what_gloo_prints():
-    said = (
-        "[Gloo] Rank 1 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1"
-    )
-    two = "[Gloo] Rank [Gloo] Rank 0 is connected to 1 is connected to 1 peer ranks.  peer ranks. "
-    ends = "Expected number of connected peer ranks is : 1" * 2
-    printed = [
-        f"[1] {said}",
-        "[1]",
-        "[1] ",
-        f"[0] {two}{ends}",
-        "[0] 11",
-        f"[1] {said}a word of ours",
-    ]
-    assert own_lines("\n".join([*printed, "[0] evaluate 2/2"])) == [
-        "[1] a word of ours", "[0] evaluate 2/2"
-    ]  # fmt: skip
