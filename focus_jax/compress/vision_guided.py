@@ -137,8 +137,13 @@ class VisionGuided(VisionStage):
     def keeps_thumbnail(self, dims: Dims) -> bool:
         return self.thumbnail == "full" and dims.tiles > 1
 
+    @property
+    def learns(self) -> bool:
+        """Whether it has parameters, which a checkpoint must hold."""
+        return self.gate not in ("measured", *CONTROLS) or self.pooling == "saliency"
+
     def init(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module | None:
-        if self.gate in ("measured", *CONTROLS) and self.pooling != "saliency":
+        if not self.learns:
             return None
         return Router(
             dims.vision_width, self.hidden, len(self.scales), self.pooling == "saliency", rngs=rngs

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from focus_jax.compress.baselines import Pool
 from focus_jax.compress.method import Dims
 from focus_jax.evaluate.runner import Trained
+from focus_jax.models.params import is_sampler
 from focus_jax.models.vlm import dims_of
 
 STEPS = 30  # of the bisection: finer than one token of any image
@@ -30,12 +31,14 @@ def spenders(run: Trained) -> dict[str, Words]:
     """For each method the words that ask for it, from one number in (0, 1]: more spends more.
 
     Cuts stand as early as the method allows: in a shallow decoder the layers before them weigh
-    most. Proportions among a method's own knobs are its published ones.
+    most. Proportions among a method's own knobs are its published ones. Where a run has no weights
+    for the router that its config names, regions are ranked by the measured loss.
     """
     dims = dims_of(run.config.model, run.config.tiles)
     n, side, depth = dims.patches, dims.rows, dims.layers  # patches of one view
     seen = -min(2, run.config.model.vision.layers)  # the tower's last but one layer, if it has two
     third = [max(1, i * depth // 4) for i in (1, 2, 3)]  # 8, 16, 24 of 32
+    gate = ",vision.gate=measured" if lacks_router(run) else ""
     near = f",neighbours={n - 1}" if n <= 32 else ""  # officially 32
 
     def zipped(x: float) -> str:
@@ -86,9 +89,14 @@ def spenders(run: Trained) -> dict[str, Words]:
         "vtw": lambda x: f"vtw:layer={until(x)}",
         "yopo": lambda x: f"yopo:layers={until(x)},window=5,heads=none,ffn=2",
         "text_only": share("text_only:text.layer=1,text.keep"),
-        "vision_only": lambda x: f"vision_only:vision.budget={max(1, int(n * x))}",
-        "focusllava": lambda x: f"focusllava:vision.budget={max(1, int(n * x))}",
+        "vision_only": lambda x: f"vision_only:vision.budget={max(1, int(n * x))}{gate}",
+        "focusllava": lambda x: f"focusllava:vision.budget={max(1, int(n * x))}{gate}",
     }
+
+
+def lacks_router(run: Trained) -> bool:
+    """Whether the config's vision-guided sampler learns, and the run holds no weights of one."""
+    return run.config.compress.vision.learns and not any(map(is_sampler, run.tree))
 
 
 def squares(dims: Dims) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Which methods the study measures, on which weights: the rows of its tables."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from focus_jax.evaluate.budgets import spending
 from focus_jax.evaluate.runner import Trained
@@ -65,20 +65,13 @@ def method_rows(study: Study, run: Trained, share_: float) -> Iterator[Asked]:
     What cannot spend so little is left out. FocusLLaVA's router has no weights on full's side:
     regions are ranked by the measured loss there.
     """
-    compress = run.config.compress
-    vision = replace(compress.vision, gate="measured")
-    config = replace(run.config, compress=replace(compress, vision=vision))
-    free = replace(run, config=config)
     for name in study.methods:
-        found = spending(free, name, share_)
+        found = spending(run, name, share_)
         if not found.asked:
             continue
-        text = found.asked
-        if name in ("focusllava", "vision_only"):
-            text = overridden(text, name, vision__gate="measured")
-        yield Asked(name, study.arm("full").name, text, share=share_)
+        yield Asked(name, study.arm("full").name, found.asked, share=share_)
         if name == "focusllava":  # the trained one at this share, which it was not trained at
-            ours = study.arm("ours")
+            ours, compress = study.arm("ours"), run.config.compress
             gate = parse_method(text_of(study, ours), compress).vision.gate  # type: ignore[attr-defined]
-            text = overridden(text, name, vision__gate=gate)
+            text = overridden(found.asked, name, vision__gate=gate)
             yield Asked(name, ours.name, text, share=share_)

@@ -9,6 +9,7 @@ from focus_jax.cli.compare import main
 from focus_jax.evaluate.budgets import behind_uniform, spenders, spending, squares
 from focus_jax.evaluate.runner import read_run
 from focus_jax.methods import METHODS, SAMPLERS
+from focus_jax.models.params import is_sampler
 from focus_jax.models.vlm import dims_of
 from tests.micro import get_tiled
 
@@ -39,6 +40,18 @@ def test_a_cut_that_cannot_spend_so_little_stands_behind_uniform(run):
     one = spending(run, "vtw", 0.3)
     assert one.asked.startswith("uniform:keep=0.") and one.asked.endswith("+vtw:layer=1")
     assert one.share == pytest.approx(0.3, abs=0.05)
+
+
+def test_without_weights_for_the_router_regions_are_ranked_by_what_they_lose(run):
+    assert any(map(is_sampler, run.tree))
+    full = replace(run, tree={k: leaf for k, leaf in run.tree.items() if not is_sampler(k)})
+    for name in ("vision_only", "focusllava"):
+        assert "gate" not in spending(run, name, 0.5).asked
+        asked = spending(full, name, 0.5).asked
+        assert asked.endswith(",vision.gate=measured")
+        assert full.model(full.method(asked)).method.vision.gate == "measured"
+        with pytest.raises(ValueError, match="no weights for samplers"):
+            full.model(full.method(name))
 
 
 def test_what_cannot_be_spent_is_told(run):
